@@ -1,0 +1,45 @@
+# setup: a virtual environment with everything pinned. demo, test, lint, bench and server set it up first.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The server's address, for `make server` here and for the demo that should show up there.
+PREFECT_PORT ?= 4200
+
+.PHONY: setup demo test test-slow lint format bench server clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml infra/constraints.txt
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(RUN)/winnow demo
+
+test: setup
+	$(RUN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(RUN)/python -m pytest -m "slow and not gpu"
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: setup
+	$(RUN)/ruff format .
+	$(RUN)/ruff check --fix .
+
+bench: setup
+	for file in tests/benchmarks/bench_*.py; do $(RUN)/python $$file || exit 1; done
+
+server: setup
+	DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false \
+		$(RUN)/prefect server start --host 127.0.0.1 --port $(PREFECT_PORT)
+
+clean:
+	rm -rf $(VENV) build *.egg-info lake

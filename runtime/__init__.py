@@ -1,0 +1,1 @@
+"""Pure computation: decoding, rewards, alignment. Only torch, transformers, tokenizers, safetensors and numpy."""

@@ -1,0 +1,102 @@
+"""Which prompt runs next, and what is known about each prompt that runs. Touches no tensor."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from runtime.decoding.rejection import CutSchedule, PromptCuts
+from runtime.records import Candidate, Prompt
+from runtime.rewards.protocol import RewardSession
+
+MAX_PREFILL_TOKENS = 4096  # bounds the activations of one prefill
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One prompt: its token ids before the run, its candidates as they complete."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    cuts: PromptCuts
+    candidates: list[Candidate | None]
+    session: RewardSession | None = None
+    n_tokens: int = 0  # sampled so far by each of its running rows
+    n_reported: dict[int, int] = field(default_factory=dict)  # tokens the session has, per candidate
+
+    @classmethod
+    def of(cls, prompt: Prompt, prompt_ids: list[int], n: int, schedule: CutSchedule) -> "Job":
+        """A job for `n` candidates."""
+        return cls(prompt, prompt_ids, PromptCuts(schedule, set(range(n))), [None] * n)
+
+    @classmethod
+    def failed(cls, prompt: Prompt, n: int, error: str) -> "Job":
+        """A job that is complete from the start: every candidate is an error row."""
+        job = cls.of(prompt, [], n, CutSchedule())
+        job.candidates = [
+            Candidate(prompt.prompt_id, index, (), "", "error", status="error", error=error) for index in range(n)
+        ]
+        return job
+
+    def unscored_finished(self) -> list[int]:
+        """Competing candidates that finished and have no final score yet."""
+        return [
+            index
+            for index in sorted(self.cuts.competing)
+            if self.candidates[index] is not None and index not in self.cuts.final_scores
+        ]
+
+    def fail(self, index: int, error: str) -> None:
+        """Candidate `index` has no score: it stops competing, and is an error row if it is complete."""
+        self.cuts.competing.discard(index)
+        candidate = self.candidates[index]
+        if candidate is not None:
+            self.candidates[index] = replace(candidate, status="error", error=error)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every candidate is there."""
+        return all(candidate is not None for candidate in self.candidates)
+
+
+class Scheduler:
+    """First come, first served: a prompt starts when all its rows fit; results leave in input order."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.waiting = deque(job for job in jobs if not job.is_complete)
+        self.unreported = deque(jobs)
+        self.running: list[Job] = []
+
+    @property
+    def has_work(self) -> bool:
+        """True while a prompt waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def start_next(self, n_free_rows: int) -> list[Job]:
+        """The next waiting prompts whose rows fit; together, padded, at most MAX_PREFILL_TOKENS unless it is one."""
+        started: list[Job] = []
+        n_longest = 0
+        while self.waiting and len(self.waiting[0].candidates) <= n_free_rows:
+            n_longest = max(n_longest, len(self.waiting[0].prompt_ids))
+            if started and n_longest * (len(started) + 1) > MAX_PREFILL_TOKENS:
+                break
+            started.append(self.waiting.popleft())
+            n_free_rows -= len(started[-1].candidates)
+        self.running += started
+        return started
+
+    @property
+    def n_unfinished(self) -> int:
+        """Prompts that wait or run."""
+        return len(self.waiting) + len(self.running)
+
+    def retire(self) -> bool:
+        """Forget the running prompts that are complete; True when there was one."""
+        n_before = len(self.running)
+        self.running = [job for job in self.running if not job.is_complete]
+        return len(self.running) < n_before
+
+    def results(self) -> Iterator[list[Candidate]]:
+        """Complete prompts whose predecessors have been returned."""
+        while self.unreported and self.unreported[0].is_complete:
+            job = self.unreported.popleft()
+            yield [candidate for candidate in job.candidates if candidate is not None]

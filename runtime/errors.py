@@ -1,0 +1,28 @@
+"""Every error a user can cause in `runtime/`. The message is one line that names the value and the fix.
+
+WinnowError
+├── ConfigError        a setting that cannot work (candidates above max_rows, top_p of 0)
+├── InputError         a row that cannot be used
+│   └── PromptTooLong  prompt + max_new_tokens above the model's context
+└── ModelError         a model folder or architecture that cannot be used
+"""
+
+
+class WinnowError(Exception):
+    """Base of every error raised on purpose by `runtime/`."""
+
+
+class ConfigError(WinnowError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class InputError(WinnowError):
+    """An input row that cannot be used."""
+
+
+class PromptTooLong(InputError):
+    """Prompt and new tokens together do not fit the model's context."""
+
+
+class ModelError(WinnowError):
+    """A model or tokenizer that is missing, broken or not supported."""

@@ -1,0 +1,225 @@
+"""Loading models and tokenizers, the hash of their files, and the one way in which text becomes token ids."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from runtime.errors import InputError, ModelError
+from runtime.records import Message
+
+PromptFormat = Literal["chat", "text"]
+
+# What loading reads; cards, logs and optimizer states next to a model do not change its identity.
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer, where it came from and the hash of its files."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    content_hash: str
+
+
+def load_policy(source: str, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Load a causal language model from a local folder or by hub name; safetensors only, no remote code."""
+    return _load(source, dtype, device, AutoModelForCausalLM)
+
+
+def load_classifier(source: str, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Load a sequence classifier with exactly one label, used as a reward model."""
+    folder = _resolve(source)
+    try:
+        n_labels = int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the config of {source!r}: {_first_line(error)}") from error
+    if n_labels != 1:
+        raise ModelError(f"{source!r} has {n_labels} labels; a reward model needs num_labels = 1 (one score per text)")
+    return _load(source, dtype, device, AutoModelForSequenceClassification)
+
+
+def content_hash(source: str) -> str:
+    """sha256 hex over the names and bytes of the files that loading reads."""
+    digest = hashlib.sha256()
+    for path in _model_files(_resolve(source)):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], format: PromptFormat) -> list[int]:
+    """Token ids after which the answer starts.
+
+    `chat` applies the chat template with the generation prompt. `text` encodes the content of exactly one
+    message with the tokenizer's own special tokens, but never a closing end token.
+    """
+    if format == "chat":
+        return _encode_rendered(tokenizer, _render(tokenizer, messages, add_generation_prompt=True))
+    if len(messages) != 1:
+        raise InputError(f'a prompt of {len(messages)} messages cannot be raw text; set prompt_format = "chat"')
+    text = messages[0].content
+    token_ids = _encode(tokenizer, text, add_special_tokens=True)
+    bare_ids = _encode(tokenizer, text, add_special_tokens=False)
+    has_closing_end = len(token_ids) > 1 and token_ids[-1] == tokenizer.eos_token_id
+    return token_ids[:-1] if has_closing_end and bare_ids[-1:] != token_ids[-1:] else token_ids
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, format: PromptFormat
+) -> tuple[list[int], int]:
+    """Token ids of the whole conversation with its closing tokens, and how many of them are the prompt.
+
+    The prompt ids (`encode_prompt`) are always a prefix: where the tokenizer would merge characters across the
+    border, prompt and answer are encoded apart, as they are when the answer is sampled.
+    """
+    prompt_ids = encode_prompt(tokenizer, messages, format)
+    if format == "text":
+        answer_ids = _encode(tokenizer, response, add_special_tokens=False)
+        end = tokenizer.eos_token_id
+        return prompt_ids + answer_ids + ([int(cast(int, end))] if end is not None else []), len(prompt_ids)
+    prompt_text = _render(tokenizer, messages, add_generation_prompt=True)
+    conversation = [*messages, Message("assistant", response)]
+    text = _render(tokenizer, conversation, add_generation_prompt=False)
+    token_ids = _encode_rendered(tokenizer, text)
+    if token_ids[: len(prompt_ids)] == prompt_ids:
+        return token_ids, len(prompt_ids)
+    if not text.startswith(prompt_text):
+        raise ModelError(
+            "the chat template renders the prompt differently once it is answered; "
+            'use a template whose generation prompt is a prefix, or set prompt_format = "text"'
+        )
+    return prompt_ids + _encode_rendered(tokenizer, text[len(prompt_text) :]), len(prompt_ids)
+
+
+def stop_ids(loaded: LoadedModel) -> frozenset[int]:
+    """Every end-of-sequence id of the generation config, the model config and the tokenizer."""
+    sources = (
+        getattr(loaded.model.generation_config, "eos_token_id", None),
+        getattr(loaded.model.config, "eos_token_id", None),
+        loaded.tokenizer.eos_token_id,
+    )
+    found: set[int] = set()
+    for value in sources:
+        if value is not None:
+            found.update(int(item) for item in (value if isinstance(value, list | tuple) else [value]))
+    return frozenset(found)
+
+
+def _load(
+    source: str,
+    dtype: str,
+    device: str,
+    model_class: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+) -> LoadedModel:
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
+    folder = _resolve(source)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{source!r} has no *.safetensors file; save the model with save_pretrained")
+    try:
+        with _quiet():
+            found = model_class.from_pretrained(
+                folder,
+                dtype=_DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            model, info = cast(tuple[PreTrainedModel, dict[str, Iterable[str]]], found)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        cast(torch.nn.Module, model).to(device)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"cannot load {source!r}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelError(
+            f"{source!r} lacks weights of {type(model).__name__} ({names}); is it the right kind of model?"
+        )
+    # from_pretrained leaves the model in evaluation mode.
+    return LoadedModel(model, tokenizer, source, content_hash(source))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and loading reports: what matters in them becomes a ModelError."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _resolve(source: str) -> Path:
+    """The folder of a local model, or of the downloaded snapshot of a hub model."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{source!r} has no config.json; give a folder written by save_pretrained")
+        return folder
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"{source!r} is not a model folder; give a folder with config.json or a hub name")
+    from huggingface_hub import snapshot_download  # a dependency of transformers, needed only for hub names
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(MODEL_FILES)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"{source!r} is neither a folder nor a reachable hub model: {_first_line(error)}") from error
+
+
+def _model_files(folder: Path) -> list[Path]:
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found, key=lambda path: path.name)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ModelError('the tokenizer has no chat template; set prompt_format = "text" or use a chat model')
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # templates are programs: what they raise about these messages concerns this row
+        raise InputError(f"the chat template refuses the messages: {_first_line(error)}") from error
+    return cast(str, text)
+
+
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template writes the special tokens itself.
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

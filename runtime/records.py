@@ -1,0 +1,56 @@
+"""The records that cross the border of `runtime/`: prompts in, candidates out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "length", "cut", "error"]
+Status = Literal["ok", "error"]
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for an answer, and the group that asks."""
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    group: str
+    reference: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One cut a candidate took part in: the score of its first `n_tokens` tokens and whether it stayed."""
+
+    n_tokens: int
+    score: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled answer. `token_ids` include the end token when `finish_reason` is `eos`; `response` does not."""
+
+    prompt_id: str
+    candidate_index: int
+    token_ids: tuple[int, ...]
+    response: str
+    finish_reason: FinishReason
+    cut_at_token: int | None = None
+    cuts: tuple[Cut, ...] = ()
+    status: Status = "ok"
+    error: str | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of sampled tokens."""
+        return len(self.token_ids)

@@ -1,0 +1,1 @@
+"""Rewards behind one protocol: sequence classifiers, plain functions, likelihood under a causal model."""

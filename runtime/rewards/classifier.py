@@ -1,0 +1,44 @@
+"""A sequence classifier with one label as reward."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from runtime.errors import ModelError
+from runtime.models import LoadedModel, PromptFormat
+from runtime.records import Prompt
+from runtime.rewards.batches import Batch, BatchScorer
+from runtime.rewards.protocol import RescoringSession, RewardSession, Score
+
+
+class ClassifierReward:
+    """The classifier's single logit on the whole conversation, closing tokens included."""
+
+    def __init__(self, loaded: LoadedModel, prompt_format: PromptFormat = "chat", batch_size: int = 32) -> None:
+        if loaded.model.config.num_labels != 1:
+            raise ModelError(f"{loaded.source!r} has {loaded.model.config.num_labels} labels; a reward model needs 1")
+        self.name = "classifier"
+        self.loaded = loaded
+        self._scorer = BatchScorer(loaded, prompt_format, batch_size, self._logits)
+
+    def start(self, prompts: Sequence[Prompt]) -> RewardSession:
+        """See Reward."""
+        return RescoringSession(self, prompts)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score]:
+        """See Reward."""
+        return self._scorer.score(prompts, responses)
+
+    @torch.inference_mode()
+    def _logits(self, batch: Batch) -> Tensor:
+        model = self.loaded.model
+        head = getattr(model, "score", None)
+        if head is None:  # encoder classifiers (BERT family) pool by themselves and know the mask
+            return cast(Tensor, model(input_ids=batch.token_ids, attention_mask=batch.mask).logits[:, 0].float())
+        # transformers looks for the last token that is not the pad id, which is wrong where pad is the end token.
+        hidden = model.base_model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False)
+        rows = torch.arange(len(batch.rows), device=batch.token_ids.device)
+        last = hidden.last_hidden_state[rows, batch.n_tokens - 1]
+        return cast(Tensor, head(last)[:, 0].float())

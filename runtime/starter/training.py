@@ -1,0 +1,240 @@
+"""How the starter's two models are trained: one small loop over length-bucketed, right-padded batches."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from runtime.starter.problems import Question, draw_question, draw_style, draw_totals, write_answer
+
+IGNORED = -100
+POOL_SIZE = 2048  # examples drawn at once, so that batches can be sorted by length
+Report = Callable[[str, int, float], None]  # (model, tokens seen, smoothed loss)
+
+
+@dataclass(frozen=True, slots=True)
+class StarterSettings:
+    """Everything that determines the starter; the defaults are the shipped one."""
+
+    seed: int = 7
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    n_layers: int = 8
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    max_length: int = 256
+    slip_rate: float = 0.07
+    style_rate: float = 0.72
+    policy_tokens: int = 12_000_000
+    reward_tokens: int = 6_000_000
+    batch_tokens: int = 4096
+    policy_learning_rate: float = 3e-3
+    reward_learning_rate: float = 1e-3
+    truncated_share: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids with one label per token (policy) or a single label (reward)."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings) -> LlamaConfig:
+    """A Llama with a ReLU-gated feed-forward part and grouped-query attention."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.n_layers,
+        num_attention_heads=settings.n_heads,
+        num_key_value_heads=settings.n_kv_heads,
+        hidden_act="relu",
+        max_position_embeddings=settings.max_length,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def train_policy(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, report: Report) -> LlamaForCausalLM:
+    """Train the policy on right and slipped answers in wanted and unwanted styles (loss on the answer only)."""
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(model_config(tokenizer, settings))
+    rng = random.Random(f"policy {settings.seed}")
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+        wanted = labels[:, 1:] != IGNORED
+        logits = model.lm_head(hidden[:, :-1][wanted])  # only answer positions meet the vocabulary
+        return nn.functional.cross_entropy(logits.float(), labels[:, 1:][wanted])
+
+    pools = (_policy_pool(tokenizer, settings, rng) for _ in iter(int, 1))
+    _train(
+        model,
+        _batches(pools, tokenizer, settings, rng),
+        loss,
+        _Budget("policy", settings.policy_tokens, settings.policy_learning_rate),
+        report,
+    )
+    return model
+
+
+def train_reward(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, report: Report
+) -> LlamaForSequenceClassification:
+    """Train the reward model, from the policy's weights, to tell whether an answer will turn out right.
+
+    Half of the answers are cut at a random token and closed with the end token, exactly as partial answers are scored
+    during speculative rejection; their label is the truth of the whole answer.
+    """
+    torch.manual_seed(settings.seed + 1)
+    config = model_config(tokenizer, settings)
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
+    model.model.load_state_dict(policy.model.state_dict())
+    rng = random.Random(f"reward {settings.seed}")
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        last = (ids != tokenizer.pad_token_id).sum(dim=1) - 1
+        scores = model.score(hidden[torch.arange(len(ids)), last]).float().squeeze(-1)
+        return nn.functional.binary_cross_entropy_with_logits(scores, labels[:, 0].float())
+
+    pools = (_reward_pool(tokenizer, settings, rng) for _ in iter(int, 1))
+    _train(
+        model,
+        _batches(pools, tokenizer, settings, rng),
+        loss,
+        _Budget("reward", settings.reward_tokens, settings.reward_learning_rate),
+        report,
+    )
+    return model
+
+
+def draw_answer(question: Question, settings: StarterSettings, rng: random.Random) -> tuple[str, bool]:
+    """An answer as the policy's training text has them, and whether it is true."""
+    totals = draw_totals(question.problem, settings.slip_rate, rng)
+    style = draw_style(question.group, settings.style_rate, rng)
+    is_true = style == question.group and totals[-1] == question.problem.answer
+    return write_answer(question.problem, style, totals), is_true
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of each question up to and including the assistant's role token."""
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in questions
+    ]
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    name: str
+    tokens: int
+    learning_rate: float
+
+
+def _draw_pool(
+    tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random
+) -> Iterator[tuple[list[int], list[int], bool]]:
+    """(prompt ids, answer ids without the end token, is_true) of POOL_SIZE fresh examples."""
+    questions = [draw_question(rng, held_out=False) for _ in range(POOL_SIZE)]
+    answers = [draw_answer(question, settings, rng) for question in questions]
+    prompts = encode(tokenizer, [question.text for question in questions])
+    bodies = tokenizer([text for text, _ in answers], add_special_tokens=False)["input_ids"]
+    for prompt, body, (_, is_true) in zip(prompts, bodies, answers, strict=True):
+        yield prompt, list(body), is_true
+
+
+def _policy_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
+    end = tokenizer.eos_token_id
+    return [
+        Example((*prompt, *body, end), (*[IGNORED] * len(prompt), *body, end))
+        for prompt, body, _ in _draw_pool(tokenizer, settings, rng)
+    ]
+
+
+def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
+    end = tokenizer.eos_token_id
+    examples = []
+    for prompt, body, is_true in _draw_pool(tokenizer, settings, rng):
+        is_cut = rng.random() < settings.truncated_share
+        shown = body[: rng.randint(1, len(body))] if is_cut else body
+        examples.append(Example((*prompt, *shown, end), (int(is_true),)))
+    return examples
+
+
+def _batches(
+    pools: Iterator[list[Example]],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: StarterSettings,
+    rng: random.Random,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Right-padded (ids, labels) of about `batch_tokens` tokens, examples of like length together."""
+    for pool in pools:
+        pool.sort(key=lambda example: len(example.ids))
+        size = max(1, settings.batch_tokens * len(pool) // sum(len(example.ids) for example in pool))
+        groups = [pool[start : start + size] for start in range(0, len(pool), size)]
+        rng.shuffle(groups)
+        for group in groups:
+            yield (
+                _pad([e.ids for e in group], tokenizer.pad_token_id),
+                _pad([e.labels for e in group], IGNORED),
+            )
+
+
+def _pad(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
+
+
+def _train(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    budget: _Budget,
+    report: Report,
+) -> None:
+    """AdamW with linear warm-up and cosine decay over the token budget, bf16 autocast, gradients clipped to 1."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=budget.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    model.train()
+    n_tokens, smoothed, n_steps = 0, math.nan, 0
+    while n_tokens < budget.tokens:
+        ids, labels = next(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = budget.learning_rate * _schedule(n_tokens / budget.tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(ids, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        n_tokens, n_steps = n_tokens + ids.numel(), n_steps + 1
+        smoothed = loss.item() if n_steps == 1 else 0.98 * smoothed + 0.02 * loss.item()
+        if n_steps % 50 == 0:
+            report(budget.name, n_tokens, smoothed)
+    model.eval()
+
+
+def _schedule(done: float) -> float:
+    """Learning-rate factor: warm-up over 3 % of the budget, then cosine down to 2 %."""
+    if done < 0.03:
+        return max(done / 0.03, 0.01)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (done - 0.03) / 0.97)))

@@ -1,0 +1,1 @@
+"""The lake: every path, schema, manifest and SQL statement of Winnow."""

@@ -1,0 +1,93 @@
+"""The lake: immutable versions under `<root>/<kind>/<name>/<version>/`, visible from the moment of their manifest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import LakeError, RefError
+from storage.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
+from storage.objects import ObjectStore, open_store
+from storage.refs import KINDS, DatasetRef, check_name, fingerprint, parse_ref
+from storage.schema import TABLES
+from storage.writer import VersionWriter
+
+__all__ = ["KINDS", "DatasetRef", "FileEntry", "Lake", "Manifest", "VersionWriter", "fingerprint"]
+
+
+class Lake:
+    """Finds, reads and starts versions. Opening one never creates anything."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    @classmethod
+    def open(cls, root: str) -> "Lake":
+        """The lake in a folder; LakeError for a root that is a file."""
+        return cls(open_store(root))
+
+    @property
+    def root(self) -> str:
+        """Address of the lake."""
+        return self.store.root
+
+    def ref(self, kind: str, name: str, version: str) -> DatasetRef:
+        """The reference of a version, whether it exists or not."""
+        check_name(kind, name, f"{kind}/{name}")
+        return DatasetRef(kind, name, version, self.store.uri(f"{kind}/{name}/{version}"))
+
+    def find(self, kind: str, name: str, version: str | None = None) -> DatasetRef | None:
+        """A published version, by default the latest; None when there is none."""
+        if version is not None:
+            ref = self.ref(kind, name, version)
+            return ref if self.store.exists(f"{ref.prefix}/{FILE_NAME}") else None
+        check_name(kind, name, f"{kind}/{name}")
+        found = [manifest for manifest in self.manifests(kind) if manifest.name == name]
+        return self.ref(kind, name, found[-1].version) if found else None
+
+    def resolve(self, text: str) -> DatasetRef:
+        """The version that `kind/name@version` or `kind/name` (latest) names; RefError says what there is."""
+        kind, name, version = parse_ref(text)
+        ref = self.find(kind, name, version)
+        if ref is None:
+            known = sorted({f"{m.kind}/{m.name}" for m in self.manifests()})
+            raise RefError(f'"{text}" is not in the lake {self.root}; it has {", ".join(known) or "no datasets yet"}')
+        return ref
+
+    def manifest(self, ref: DatasetRef) -> Manifest:
+        """The manifest of a published version."""
+        key = f"{ref.prefix}/{FILE_NAME}"
+        if not self.store.exists(key):
+            raise RefError(f"{ref} is not in the lake {self.root}; see `winnow datasets`")
+        return parse_manifest(self.store.read(key), ref)
+
+    def manifests(self, kind: str | None = None) -> list[Manifest]:
+        """All manifests (of one kind), oldest first."""
+        found = []
+        for key in (key for one in ([kind] if kind else KINDS) for key in self.store.list(one)):
+            parts = key.split("/")
+            if len(parts) == 4 and parts[3] == FILE_NAME:
+                found.append(self.manifest(self.ref(parts[0], parts[1], parts[2])))
+        return sorted(found, key=lambda manifest: (manifest.created_at, manifest.version))
+
+    def iter_shards(self, ref: DatasetRef, table: str, split: str | None = None) -> Iterator[pa.Table]:
+        """The shards of a table, one by one, in order."""
+        for file in self.manifest(ref).shards(table, split):
+            with self.store.open(f"{ref.prefix}/{file.path}") as source:
+                try:
+                    yield pq.read_table(source, partitioning=None)
+                except pa.ArrowInvalid as error:
+                    raise LakeError(f"{ref}: {file.path} is damaged; remove that version and run again") from error
+
+    def read_table(self, ref: DatasetRef, table: str, split: str | None = None) -> pa.Table:
+        """A whole table of a version; empty when the version has no such shard."""
+        return pa.concat_tables([TABLES[table].empty_table(), *self.iter_shards(ref, table, split)])
+
+    def folder(self, ref: DatasetRef, prefix: str) -> Path:
+        """Local folder of a version's plain files, such as a model."""
+        return Path(self.store.uri(f"{ref.prefix}/{prefix}"))
+
+    def writer(self, kind: str, name: str, version: str) -> VersionWriter:
+        """Start or continue a version."""
+        return VersionWriter(self.store, self.ref(kind, name, version))

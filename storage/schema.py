@@ -1,0 +1,126 @@
+"""The tables of the lake as explicit Arrow schemas; nothing is written under another one."""
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from storage.errors import SchemaError
+
+SCHEMA_VERSION = 1
+
+MESSAGES = pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))
+CUTS = pa.list_(
+    pa.struct([pa.field("n_tokens", pa.int32()), pa.field("score", pa.float64()), pa.field("kept", pa.bool_())])
+)
+
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("messages", MESSAGES, nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("reference", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("license", pa.string()),
+    ]
+)
+CANDIDATES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("candidate_index", pa.int32(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("cut_at_token", pa.int32()),
+        pa.field("cuts", CUTS, nullable=False),
+        pa.field("score", pa.float64()),
+        pa.field("scores", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("generator", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+PREFERENCES = pa.schema(
+    [
+        pa.field("prompt", MESSAGES, nullable=False),
+        pa.field("chosen", MESSAGES, nullable=False),
+        pa.field("rejected", MESSAGES, nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("score_chosen", pa.float64(), nullable=False),
+        pa.field("score_rejected", pa.float64(), nullable=False),
+        pa.field("score_margin", pa.float64(), nullable=False),
+        pa.field("strategy", pa.string(), nullable=False),
+        pa.field("chosen_index", pa.int32(), nullable=False),
+        pa.field("rejected_index", pa.int32(), nullable=False),
+        pa.field("policy_logp_ref_chosen", pa.float64()),
+        pa.field("policy_logp_ref_rejected", pa.float64()),
+    ]
+)
+REJECTED = pa.schema(
+    [
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("row", pa.int64()),
+        pa.field("prompt_id", pa.string()),
+        pa.field("group", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+METRICS = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("n", pa.int64(), nullable=False),
+    ]
+)
+TRAINING = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+    ]
+)
+TABLES: dict[str, pa.Schema] = {
+    "prompts": PROMPTS,
+    "candidates": CANDIDATES,
+    "preferences": PREFERENCES,
+    "rejected": REJECTED,
+    "metrics": METRICS,
+    "training": TRAINING,
+}
+
+
+def to_table(table: str, rows: Sequence[Mapping[str, object]]) -> pa.Table:
+    """Rows as an Arrow table under the schema of `table`; SchemaError names the first column that does not fit."""
+    schema = TABLES[table]
+    for number, row in enumerate(rows):
+        if row.keys() != set(schema.names):
+            odd = sorted(row.keys() ^ set(schema.names))[0]
+            raise SchemaError(f'row {number} of {table}: column "{odd}" is missing or unknown')
+    columns = []
+    for field in schema:
+        try:
+            columns.append(pa.array([row[field.name] for row in rows], type=field.type))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise SchemaError(f'{table}: column "{field.name}" must be {field.type}: {error}') from error
+    return checked(table, pa.Table.from_arrays(columns, schema=schema))
+
+
+def checked(table: str, data: pa.Table) -> pa.Table:
+    """`data` cast to the schema of `table`; SchemaError for missing, extra or null columns."""
+    schema = TABLES[table]
+    if set(data.schema.names) != set(schema.names):
+        odd = sorted(set(data.schema.names) ^ set(schema.names))[0]
+        raise SchemaError(f'{table}: column "{odd}" is missing or unknown')
+    for field in schema:
+        if not field.nullable and data[field.name].null_count:
+            raise SchemaError(f'{table}: column "{field.name}" has {data[field.name].null_count} empty values')
+    try:
+        return data.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise SchemaError(f"{table}: {error}") from error

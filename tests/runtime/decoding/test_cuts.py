@@ -1,0 +1,173 @@
+"""Cuts inside the engine, against plain Best-of-N of the same seed."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from runtime.decoding.rejection import CutSchedule
+from runtime.models import LoadedModel
+from runtime.records import Candidate, Prompt
+from runtime.rewards.classifier import ClassifierReward
+from runtime.rewards.verifier import FunctionReward
+
+Key = tuple[str, int]
+Decode = Callable[..., dict[Key, Candidate]]
+SCHEDULE = CutSchedule((4, 10, 20), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def plain(decode: Decode, tiny_prompts: Sequence[Prompt]) -> dict[Key, Candidate]:
+    """Plain Best-of-N."""
+    return decode(tiny_prompts)
+
+
+@pytest.fixture(scope="module")
+def ranking(plain: Mapping[Key, Candidate]) -> dict[Key, float]:
+    """A rank-perfect table: partial and final scores agree."""
+    order = random.Random(0)
+    return {key: order.random() for key in plain}
+
+
+def winner(scores: Mapping[Key, float], candidates: Mapping[Key, Candidate], prompt_id: str) -> Key:
+    complete = [key for key, c in candidates.items() if key[0] == prompt_id and c.finish_reason in ("eos", "length")]
+    return max(complete, key=lambda key: scores[key])
+
+
+def test_keep_one_everywhere_equals_plain_best_of_n(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], tiny_reward: LoadedModel
+) -> None:
+    found = decode(tiny_prompts, CutSchedule((4, 10), (1.0, 1.0), contrast=2), ClassifierReward(tiny_reward))
+    for key, candidate in plain.items():
+        assert found[key].token_ids == candidate.token_ids
+        assert found[key].finish_reason == candidate.finish_reason
+        assert all(cut.kept for cut in found[key].cuts)
+        assert len(found[key].cuts) == sum(candidate.n_tokens > tokens for tokens in (4, 10))
+
+
+@pytest.mark.parametrize("max_rows", [8, 24])
+def test_survivors_are_untouched_and_cut_rows_are_prefixes(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], tiny_reward: LoadedModel, max_rows: int
+) -> None:
+    found = decode(tiny_prompts, SCHEDULE, ClassifierReward(tiny_reward), max_rows)
+    reasons = [candidate.finish_reason for candidate in found.values()]
+    assert reasons.count("cut") > len(reasons) // 4
+    for key, candidate in found.items():
+        assert candidate.token_ids == plain[key].token_ids[: candidate.n_tokens]
+        assert all(cut.kept for cut in candidate.cuts[:-1])
+        if candidate.finish_reason == "cut":
+            assert candidate.cut_at_token == candidate.n_tokens == candidate.cuts[-1].n_tokens
+            assert candidate.cut_at_token in SCHEDULE.tokens and not candidate.cuts[-1].kept
+        else:
+            assert candidate.token_ids == plain[key].token_ids and candidate.cut_at_token is None
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.3, 0.9])
+def test_rank_perfect_partial_scores_keep_the_winner(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    ranking: dict[Key, float],
+    tiny_prompts: Sequence[Prompt],
+    table_reward: Any,
+    keep: float,
+) -> None:
+    found = decode(tiny_prompts, CutSchedule((3, 9), (keep, keep)), table_reward(ranking))
+    for prompt in tiny_prompts:
+        best = winner(ranking, found, prompt.prompt_id)
+        assert best == winner(ranking, plain, prompt.prompt_id)
+        assert found[best].token_ids == plain[best].token_ids
+
+
+def test_smallest_keep_leaves_one_row(
+    decode: Decode, ranking: dict[Key, float], tiny_prompts: Sequence[Prompt], table_reward: Any
+) -> None:
+    found = decode(tiny_prompts, CutSchedule((1, 2, 3), (0.01, 0.01, 0.01)), table_reward(ranking))
+    for prompt in tiny_prompts:
+        rows = [c for c in found.values() if c.prompt_id == prompt.prompt_id]
+        assert sum(c.finish_reason in ("eos", "length") for c in rows) >= 1
+
+
+def test_a_finished_row_with_the_best_score_ends_the_others(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], table_reward: Any
+) -> None:
+    early = min((key for key, c in plain.items() if c.finish_reason == "eos"), key=lambda key: plain[key].n_tokens)
+    at = plain[early].n_tokens + 1
+    prompt = next(prompt for prompt in tiny_prompts if prompt.prompt_id == early[0])
+    mine = {key: c for key, c in plain.items() if key[0] == early[0]}
+    best = decode([prompt], CutSchedule((at,), (0.01,)), table_reward(dict.fromkeys(mine, 0.0) | {early: 1.0}))
+    assert all(c.finish_reason == ("cut" if mine[key].n_tokens > at else "eos") for key, c in best.items())
+    worst = decode([prompt], CutSchedule((at,), (0.01,)), table_reward(dict.fromkeys(mine, 0.0) | {early: -1.0}))
+    assert worst[early] == mine[early]
+    assert sum(c.finish_reason == "cut" for c in worst.values()) < sum(c.finish_reason == "cut" for c in best.values())
+
+
+def test_contrast_rows_are_complete_and_lowest(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], table_reward: Any
+) -> None:
+    prompt = tiny_prompts[0]
+    table = {key: float(key[1]) for key in plain}  # candidate 0 is the worst, then 1, ...
+    found = decode([prompt], CutSchedule((2, 6), (0.25, 0.5), contrast=2), table_reward(table))
+    running = [index for index in range(8) if plain[prompt.prompt_id, index].n_tokens > 2]
+    for index in running[:2]:
+        candidate = found[prompt.prompt_id, index]
+        assert candidate.token_ids == plain[prompt.prompt_id, index].token_ids
+        assert candidate.finish_reason in ("eos", "length")
+        assert [cut.kept for cut in candidate.cuts] == [True]
+    assert found[prompt.prompt_id, running[2]].finish_reason == "cut"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_failing_score_is_an_error_row(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    ranking: dict[Key, float],
+    tiny_prompts: Sequence[Prompt],
+    table_reward: Any,
+    bad: float,
+) -> None:
+    failing = ("prompt-1", max(range(8), key=lambda index: plain["prompt-1", index].n_tokens))
+    found = decode(tiny_prompts, CutSchedule((5,), (1.0,)), table_reward({**ranking, failing: bad}))
+    row = found[failing]
+    assert (row.status, row.finish_reason, row.n_tokens) == ("error", "error", 5)
+    assert row.error == f"reward is {bad}, not a finite number"
+    assert all(c.status == "ok" for key, c in found.items() if key != failing)
+
+
+def test_all_scores_failing_ends_the_prompt_with_error_rows(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], table_reward: Any
+) -> None:
+    found = decode(tiny_prompts[:2], SCHEDULE, table_reward({}))
+    assert {c.status for c in found.values()} == {"error"}
+    assert all(c.n_tokens <= 4 for c in found.values())
+
+
+def test_a_finished_row_without_final_score_keeps_its_text(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    ranking: dict[Key, float],
+    tiny_prompts: Sequence[Prompt],
+    table_reward: Any,
+) -> None:
+    early = min((key for key, c in plain.items() if c.finish_reason == "eos"), key=lambda key: plain[key].n_tokens)
+    table = {key: score for key, score in ranking.items() if key != early}
+    row = decode(tiny_prompts, CutSchedule((plain[early].n_tokens + 1,), (0.5,)), table_reward(table))[early]
+    assert (row.status, row.finish_reason, row.token_ids) == ("error", "eos", plain[early].token_ids)
+
+
+def test_a_raising_function_names_itself(decode: Decode, tiny_prompts: Sequence[Prompt]) -> None:
+    def rule(prompt: Prompt, response: str) -> float:
+        raise ValueError("no number")
+
+    found = decode(tiny_prompts[:1], CutSchedule((3,), (0.5,)), FunctionReward(rule, "rule"))
+    assert {c.error for c in found.values()} == {"rule failed: ValueError: no number"}
+
+
+def test_a_cut_after_the_last_token_changes_nothing(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    ranking: dict[Key, float],
+    tiny_prompts: Sequence[Prompt],
+    table_reward: Any,
+) -> None:
+    assert decode(tiny_prompts, CutSchedule((40, 80), (0.1, 0.1)), table_reward(ranking)) == plain

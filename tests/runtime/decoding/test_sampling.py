@@ -1,0 +1,88 @@
+"""The sampler's law against the exact distribution."""
+
+import math
+
+import pytest
+import torch
+
+from runtime.decoding.sampling import SamplingConfig, sample
+from runtime.errors import ConfigError
+from runtime.randomness import row_key
+
+N_DRAWS = 20_000
+LOGITS = torch.tensor([2.0, 1.5, 1.4, 0.9, 0.5, 0.0, -0.3, -1.0, -2.0, -4.0])
+
+
+def draw(config: SamplingConfig) -> torch.Tensor:
+    """Counts per token of N_DRAWS candidates at one position."""
+    keys = torch.tensor([row_key(config.seed, "p", index) for index in range(N_DRAWS)])
+    position = torch.full((N_DRAWS,), 3)
+    tokens = sample(LOGITS.expand(N_DRAWS, -1), keys, position, config)
+    return torch.bincount(tokens, minlength=len(LOGITS)).double()
+
+
+def assert_law(counts: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Chi-square test at about five standard deviations; impossible tokens never occur."""
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected = probabilities[possible].double() * N_DRAWS
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum().item()
+    freedom = int(possible.sum()) - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom), statistic
+
+
+def test_full_vocabulary_matches_softmax() -> None:
+    assert_law(draw(SamplingConfig()), LOGITS.softmax(0))
+
+
+def test_temperature_matches_scaled_softmax() -> None:
+    assert_law(draw(SamplingConfig(temperature=0.6, seed=1)), (LOGITS / 0.6).softmax(0))
+
+
+def test_top_k_matches_renormalised_head() -> None:
+    kept = LOGITS.clone()
+    kept[4:] = -torch.inf
+    assert_law(draw(SamplingConfig(top_k=4)), kept.softmax(0))
+
+
+def test_top_p_keeps_the_smallest_sufficient_head() -> None:
+    cumulative = LOGITS.softmax(0).cumsum(0)
+    n_kept = int((cumulative < 0.8).sum()) + 1
+    kept = LOGITS.clone()
+    kept[n_kept:] = -torch.inf
+    assert_law(draw(SamplingConfig(top_p=0.8)), kept.softmax(0))
+
+
+def test_top_p_acts_after_top_k() -> None:
+    head = LOGITS[:4].softmax(0)
+    n_kept = int((head.cumsum(0) < 0.6).sum()) + 1
+    kept = LOGITS.clone()
+    kept[n_kept:] = -torch.inf
+    assert_law(draw(SamplingConfig(top_k=4, top_p=0.6)), kept.softmax(0))
+
+
+def test_tiny_top_p_is_greedy() -> None:
+    assert draw(SamplingConfig(top_p=1e-6))[0] == N_DRAWS
+
+
+def test_temperature_zero_is_greedy() -> None:
+    assert draw(SamplingConfig(temperature=0))[0] == N_DRAWS
+
+
+def test_truncation_keeps_the_coupling() -> None:
+    """A token that survives truncation and wins without it wins with it: the noise is per token id."""
+    keys = torch.tensor([row_key(0, "p", index) for index in range(500)])
+    position = torch.zeros(500, dtype=torch.long)
+    free = sample(LOGITS.expand(500, -1), keys, position, SamplingConfig())
+    head = sample(LOGITS.expand(500, -1), keys, position, SamplingConfig(top_k=5))
+    inside = free < 5
+    assert inside.any() and torch.equal(free[inside], head[inside])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)],
+)
+def test_impossible_settings_are_named(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field} = {value}"):
+        SamplingConfig(**{field: value})  # type: ignore[arg-type]

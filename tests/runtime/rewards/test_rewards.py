@@ -1,0 +1,131 @@
+"""Scores: the same alone and in a batch, partial like final, failures per row."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from runtime.errors import ModelError
+from runtime.models import LoadedModel, encode_answer, load_classifier
+from runtime.records import Message, Prompt
+from runtime.rewards.classifier import ClassifierReward
+from runtime.rewards.likelihood import LikelihoodReward
+from runtime.rewards.protocol import Reward, Score
+from runtime.rewards.verifier import FunctionReward
+
+RESPONSES = ("5", "the answer is five, because two and three make five", "", "12 - 7 = 5", "no", "é and more")
+
+
+@pytest.fixture(params=["classifier", "likelihood"])
+def reward(request: pytest.FixtureRequest, tiny_policy: LoadedModel, tiny_reward: LoadedModel) -> Reward:
+    """Both model-based rewards, with batches smaller than the input."""
+    if request.param == "classifier":
+        return ClassifierReward(tiny_reward, batch_size=4)
+    return LikelihoodReward(tiny_policy, batch_size=4)
+
+
+def values(scores: Sequence[Score]) -> list[float]:
+    assert all(score.error is None for score in scores)
+    return [score.value for score in scores if score.value is not None]
+
+
+def test_batch_scores_equal_single_scores(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
+    batch = values(reward.score(tiny_prompts, RESPONSES))
+    single = [values(reward.score([p], [r]))[0] for p, r in zip(tiny_prompts, RESPONSES, strict=True)]
+    assert batch == pytest.approx(single, abs=1e-5)
+    assert len({round(value, 4) for value in batch}) == len(batch)
+
+
+def test_session_scores_partial_text_as_if_it_were_finished(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
+    prompt = tiny_prompts[0]
+    session = reward.start([prompt] * 3)
+    session.extend([0, 2], [[10], [11]], ["fi", "si"])
+    assert values(session.scores([2, 0])) == pytest.approx(values(reward.score([prompt] * 2, ["si", "fi"])), abs=1e-5)
+    session.extend([2], [[12]], ["six"])
+    session.keep([2])
+    assert values(session.scores([2])) == pytest.approx(values(reward.score([prompt], ["six"])), abs=1e-5)
+
+
+def test_classifier_equals_transformers(tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt]) -> None:
+    prompt = tiny_prompts[1]
+    ids, _ = encode_answer(tiny_reward.tokenizer, prompt.messages, "5", "chat")
+    with torch.no_grad():
+        expected = tiny_reward.model(torch.tensor([ids])).logits.item()
+    assert values(ClassifierReward(tiny_reward).score([prompt], ["5"])) == pytest.approx([expected], abs=1e-6)
+
+
+def test_classifier_reads_the_last_real_token_even_when_pad_is_the_end_token(
+    tiny_reward_dir: Path, tiny_prompts: Sequence[Prompt]
+) -> None:
+    plain = load_classifier(str(tiny_reward_dir))
+    same = load_classifier(str(tiny_reward_dir))
+    same.model.config.pad_token_id = same.model.config.eos_token_id
+    expected = values(ClassifierReward(plain).score(tiny_prompts, RESPONSES))
+    assert values(ClassifierReward(same).score(tiny_prompts, RESPONSES)) == expected
+
+
+def test_encoder_classifier_works(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], tiny_prompts: Sequence[Prompt]
+) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=261, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    loaded = LoadedModel(BertForSequenceClassification(config).eval(), make_tokenizer(), "bert", "")
+    batch = values(ClassifierReward(loaded).score(tiny_prompts, RESPONSES))
+    single = [values(ClassifierReward(loaded).score([p], [r]))[0] for p, r in zip(tiny_prompts, RESPONSES, strict=True)]
+    assert batch == pytest.approx(single, abs=1e-5)
+
+
+def test_likelihood_is_the_mean_log_probability(tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt]) -> None:
+    prompt = tiny_prompts[2]
+    ids, n_prompt = encode_answer(tiny_policy.tokenizer, prompt.messages, "15.", "chat")
+    with torch.no_grad():
+        logps = tiny_policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = sum(logps[place - 1, ids[place]].item() for place in range(n_prompt, len(ids))) / (len(ids) - n_prompt)
+    assert values(LikelihoodReward(tiny_policy).score([prompt], ["15."])) == pytest.approx([expected], abs=1e-5)
+
+
+def test_too_long_answer_is_an_error_with_the_numbers(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
+    short, long = reward.score(tiny_prompts[:2], ["5", "5" * 300])
+    assert short.error is None
+    assert long.value is None and long.error is not None and "context of 256" in long.error
+
+
+def test_nan_from_the_model_is_an_error(tiny_reward_dir: Path, tiny_prompts: Sequence[Prompt]) -> None:
+    loaded = load_classifier(str(tiny_reward_dir))
+    assert isinstance(loaded.model, LlamaForSequenceClassification)
+    with torch.no_grad():
+        loaded.model.score.weight.fill_(math.nan)
+    assert ClassifierReward(loaded).score(tiny_prompts[:1], ["5"]) == [
+        Score(None, "reward is nan, not a finite number")
+    ]
+
+
+def test_function_reward_isolates_failures(tiny_prompts: Sequence[Prompt]) -> None:
+    def equals_reference(prompt: Prompt, response: str) -> float:
+        return {"5": 1.0, "": math.inf}.get(response) or 1 / (len(response) - 2)
+
+    scores = FunctionReward(equals_reference, "rule").score(tiny_prompts[:3], ["5", "", "no"])
+    assert scores[0] == Score(1.0)
+    assert scores[1].error == "reward is inf, not a finite number"
+    assert scores[2].error == "rule failed: ZeroDivisionError: division by zero"
+
+
+def test_two_labels_are_refused(tiny_reward: LoadedModel, tiny_policy: LoadedModel) -> None:
+    with pytest.raises(ModelError, match="2 labels"):
+        ClassifierReward(replace(tiny_reward, model=tiny_policy.model))
+
+
+def test_text_format_scores_raw_text(tiny_reward: LoadedModel) -> None:
+    prompt = Prompt("t", (Message("user", "once upon"),), "g")
+    assert len(values(ClassifierReward(tiny_reward, "text").score([prompt] * 2, [" a time", " nine"]))) == 2

@@ -1,0 +1,74 @@
+"""A pipeline killed at random moments and started again ends in the same shards as an undisturbed one."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+N_KILLS = 10
+CONFIG = """
+name = "killed"
+[ingest]
+max_prompts = 12
+max_heldout = 6
+[generate]
+n = 4
+shard_prompts = 3
+max_new_tokens = 96
+[finetune]
+epochs = 1
+[evaluate]
+samples = 2
+"""
+
+
+def _start(config: Path, lake: Path, home: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "flows.cli", "run", str(config), "--lake", str(lake), "--json"]
+    environment = os.environ | {"PREFECT_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment.pop("PREFECT_API_URL", None)
+    with (home.parent / "log").open("ab") as log:
+        # Its own session, so that the ephemeral Prefect server dies with it.
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _shards(lake: Path) -> dict[str, str]:
+    files = (file for file in lake.rglob("*.parquet") if ".tmp" not in file.parts)
+    return {str(file.relative_to(lake)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_pipeline_killed_at_ten_random_moments_ends_in_identical_shards(tmp_path: Path) -> None:
+    config, home = tmp_path / "config.toml", tmp_path / "prefect"
+    config.write_text(CONFIG)
+    home.mkdir()
+    started = time.monotonic()
+    undisturbed = _start(config, tmp_path / "undisturbed", home)
+    assert undisturbed.wait(timeout=600) == 0, (tmp_path / "log").read_text()
+    duration = time.monotonic() - started
+
+    rng = random.Random(0)
+    n_killed = 0
+    for _ in range(N_KILLS):
+        process = _start(config, tmp_path / "killed", home)
+        try:
+            process.wait(timeout=rng.uniform(0.2, 1.0) * duration)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            n_killed += 1
+    assert n_killed >= 3, "the kills came too late to test anything"
+    last = _start(config, tmp_path / "killed", home)
+    assert last.wait(timeout=600) == 0, (tmp_path / "log").read_text()
+
+    assert _shards(tmp_path / "killed") == _shards(tmp_path / "undisturbed")
