@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,11 +82,10 @@ class VersionWriter:
         else:
             self.has(shard)
 
-    def add_tree(self, folder: Path, prefix: str) -> None:
-        """Take over all files of a local folder, under `prefix`."""
-        for path in sorted(folder.rglob("*")):
-            if not path.is_file():
-                continue
+    def add_tree(self, folder: Path, prefix: str, patterns: Sequence[str] = ("*",)) -> None:
+        """Take over the files of a local folder and its subfolders that match a pattern, under `prefix`."""
+        found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+        for path in sorted(found):
             inside = f"{prefix}/{path.relative_to(folder).as_posix()}"
             self.store.upload(f"{self.ref.prefix}/{inside}", path)
             with path.open("rb") as file:

@@ -128,5 +128,5 @@ def shared_models() -> Path:
     """The folder of public models next to the repository."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "models"
     if not folder.is_dir():
-        pytest.skip(f"needs ../shared/models ({folder.name} is absent)")
+        pytest.skip("needs ../shared/models, which is absent")
     return folder

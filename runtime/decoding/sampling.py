@@ -8,6 +8,8 @@ from torch import Tensor
 from runtime.errors import ConfigError
 from runtime.randomness import gumbel
 
+HEAD_TOKENS = 256  # how many of the most likely tokens top_p looks at first
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
@@ -52,14 +54,29 @@ def sample(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfi
 def _truncate(scaled: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """The kept logits, best first, and their token ids, both (rows, k); `-inf` marks what top_p removed.
 
-    top_k acts first; top_p keeps the smallest set of most likely tokens whose probability reaches it.
+    top_k acts first; top_p keeps the smallest set of most likely tokens whose probability reaches it, and the
+    tokens that tie with its last.
     """
-    n_kept = min(config.top_k, scaled.shape[-1]) if config.top_k else scaled.shape[-1]
-    support, token_ids = scaled.topk(n_kept, dim=-1)
-    if config.top_p < 1:
-        probabilities = support.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens above
-        outside = before >= config.top_p
-        outside[:, 0] = False
-        support = support.masked_fill(outside, -torch.inf)
-    return support, token_ids
+    n_vocabulary = scaled.shape[-1]
+    if config.top_k:
+        support, token_ids = scaled.topk(min(config.top_k, n_vocabulary), dim=-1)
+        if config.top_p == 1:
+            return support, token_ids
+        lowest = _lowest_kept(support, support.logsumexp(dim=-1, keepdim=True), config.top_p)
+        return support.masked_fill(support < lowest, -torch.inf), token_ids
+    total = scaled.logsumexp(dim=-1, keepdim=True)
+    # A short head holds the kept tokens of almost every row: sorting the whole vocabulary is the exception.
+    support, token_ids = scaled.topk(min(HEAD_TOKENS, n_vocabulary), dim=-1)
+    lowest = _lowest_kept(support, total, config.top_p)
+    if support.shape[-1] < n_vocabulary and bool((lowest == support[:, -1:]).any()):
+        support, token_ids = scaled.sort(dim=-1, descending=True)
+        lowest = _lowest_kept(support, total, config.top_p)
+    return support.masked_fill(support < lowest, -torch.inf), token_ids
+
+
+def _lowest_kept(support: Tensor, total: Tensor, top_p: float) -> Tensor:
+    """The smallest logit that top_p keeps, (rows, 1); support is sorted, total is the log of the whole mass."""
+    probabilities = (support - total).exp()
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the tokens above
+    n_kept = (before < top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+    return support.gather(-1, n_kept - 1)

@@ -46,8 +46,7 @@ class Job:
         ]
 
     def fail(self, index: int, error: str) -> None:
-        """Candidate `index` has no score: it stops competing, and is an error row if it is complete."""
-        self.cuts.competing.discard(index)
+        """Candidate `index` has no score: if it is complete, it becomes an error row with its text."""
         candidate = self.candidates[index]
         if candidate is not None:
             self.candidates[index] = replace(candidate, status="error", error=error)

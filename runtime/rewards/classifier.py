@@ -12,6 +12,9 @@ from runtime.records import Prompt
 from runtime.rewards.batches import Batch, BatchScorer
 from runtime.rewards.protocol import RescoringSession, RewardSession, Score
 
+# Architectures whose cache is nothing but keys and values per token.
+_PREFIX_SHARING = ("llama", "mistral", "qwen2", "qwen3")
+
 
 class ClassifierReward:
     """The classifier's single logit on the whole conversation, closing tokens included."""
@@ -38,7 +41,22 @@ class ClassifierReward:
         if head is None:  # encoder classifiers (BERT family) pool by themselves and know the mask
             return cast(Tensor, model(input_ids=batch.token_ids, attention_mask=batch.mask).logits[:, 0].float())
         # transformers looks for the last token that is not the pad id, which is wrong where pad is the end token.
-        hidden = model.base_model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False)
+        n_shared = batch.n_shared if model.config.model_type in _PREFIX_SHARING else 0
+        hidden = self._hidden(batch, n_shared)
         rows = torch.arange(len(batch.rows), device=batch.token_ids.device)
-        last = hidden.last_hidden_state[rows, batch.n_tokens - 1]
+        last = hidden[rows, batch.n_tokens - 1 - n_shared]
         return cast(Tensor, head(last)[:, 0].float())
+
+    def _hidden(self, batch: Batch, n_shared: int) -> Tensor:
+        """Last hidden states behind the first `n_shared` tokens, which are computed once for the whole batch."""
+        model, cache = self.loaded.model.base_model, None
+        if n_shared:
+            cache = model(input_ids=batch.token_ids[:1, :n_shared], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(batch.rows))
+        output = model(
+            input_ids=batch.token_ids[:, n_shared:],
+            attention_mask=batch.mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return cast(Tensor, output.last_hidden_state)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from runtime.decoding import sampling
 from runtime.decoding.sampling import SamplingConfig, sample
 from runtime.errors import ConfigError
 from runtime.randomness import row_key
@@ -61,6 +62,20 @@ def test_top_p_acts_after_top_k() -> None:
     assert_law(draw(SamplingConfig(top_k=4, top_p=0.6)), kept.softmax(0))
 
 
+def test_top_p_head_does_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that need the whole vocabulary do not change the others, whatever the head; ties stay together."""
+    torch.manual_seed(0)
+    logits = (torch.randn(60, 50) * torch.linspace(0.1, 4, 60)[:, None] * 2).round() / 2
+    keys = torch.tensor([row_key(0, "p", index) for index in range(60)])
+    position = torch.zeros(60, dtype=torch.long)
+    config = SamplingConfig(top_p=0.9)
+    whole = sample(logits, keys, position, config)
+    monkeypatch.setattr(sampling, "HEAD_TOKENS", 7)
+    assert torch.equal(sample(logits, keys, position, config), whole)
+    single = [sample(logits[i : i + 1], keys[i : i + 1], position[i : i + 1], config) for i in range(60)]
+    assert torch.equal(torch.cat(single), whole)
+
+
 def test_tiny_top_p_is_greedy() -> None:
     assert draw(SamplingConfig(top_p=1e-6))[0] == N_DRAWS
 
@@ -77,6 +92,18 @@ def test_truncation_keeps_the_coupling() -> None:
     head = sample(LOGITS.expand(500, -1), keys, position, SamplingConfig(top_k=5))
     inside = free < 5
     assert inside.any() and torch.equal(free[inside], head[inside])
+
+
+def test_best_of_n_follows_its_exact_law() -> None:
+    """The best of n by a reward without ties has pmf F(y)^n - F(y-)^n (BOND, theorem 1)."""
+    n = 4
+    keys = torch.tensor([row_key(0, f"p{index // n}", index % n) for index in range(N_DRAWS * n)])
+    position = torch.zeros_like(keys)
+    tokens = sample(LOGITS.expand(len(keys), -1), keys, position, SamplingConfig())
+    winners = tokens.view(N_DRAWS, n).amin(dim=1)  # reward: the lower id, the better
+    tail = LOGITS.double().softmax(0).flip(0).cumsum(0).flip(0).clamp(max=1)  # P(token >= y)
+    after = torch.cat([tail[1:], torch.zeros(1)])
+    assert_law(torch.bincount(winners, minlength=len(LOGITS)).double(), tail**n - after**n)
 
 
 @pytest.mark.parametrize(

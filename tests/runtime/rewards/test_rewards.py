@@ -11,6 +11,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedTokenizerFast,
 )
 
@@ -43,6 +44,31 @@ def test_batch_scores_equal_single_scores(reward: Reward, tiny_prompts: Sequence
     single = [values(reward.score([p], [r]))[0] for p, r in zip(tiny_prompts, RESPONSES, strict=True)]
     assert batch == pytest.approx(single, abs=1e-5)
     assert len({round(value, 4) for value in batch}) == len(batch)
+
+
+def test_answers_to_one_prompt_score_as_alone(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
+    """Answers to one prompt share its computation; equal answers share all but their last token."""
+    prompts = [tiny_prompts[4]] * 6 + [tiny_prompts[0]] * 6 + [tiny_prompts[1]]
+    responses = [*RESPONSES, *["same answer"] * 6, "alone"]
+    batch = values(reward.score(prompts, responses))
+    single = [values(reward.score([p], [r]))[0] for p, r in zip(prompts, responses, strict=True)]
+    assert batch == pytest.approx(single, abs=1e-5)
+
+
+def test_prompt_is_computed_once_for_its_answers(
+    tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = LlamaModel.forward
+
+    def counted(self: LlamaModel, *args: object, **kwargs: torch.Tensor) -> object:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    ids, n_prompt = encode_answer(tiny_reward.tokenizer, tiny_prompts[0].messages, "a", "chat")
+    ClassifierReward(tiny_reward).score([tiny_prompts[0]] * 5, list("abcde"))
+    assert shapes == [(1, n_prompt), (5, len(ids) - n_prompt)]
 
 
 def test_session_scores_partial_text_as_if_it_were_finished(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:

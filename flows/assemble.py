@@ -1,0 +1,20 @@
+"""Preference pairs from scored candidates. From the command line: `winnow assemble`."""
+
+from prefect import flow
+
+from storage.lake import DatasetRef, Lake
+from tasks import assemble as steps
+from tasks.cache import published
+from tasks.settings import AssembleConfig
+
+
+@flow(name="assemble", flow_run_name="assemble-{config.name}", persist_result=False)
+def assemble(config: AssembleConfig, lake: str) -> DatasetRef:
+    """Pair the best answer of each prompt with another one, within margins and quotas.
+
+    Args:
+        config: strategy, margin and quota
+        lake: folder of the lake
+    """
+    step = steps.prepare(config, Lake.open(lake))
+    return published(step, lake) or steps.assemble(step, lake)

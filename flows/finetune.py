@@ -1,0 +1,20 @@
+"""Training on preference pairs. From the command line: `winnow finetune`."""
+
+from prefect import flow
+
+from storage.lake import DatasetRef, Lake
+from tasks import finetune as steps
+from tasks.cache import published
+from tasks.settings import FinetuneConfig
+
+
+@flow(name="finetune", flow_run_name="finetune-{config.name}", persist_result=False)
+def finetune(config: FinetuneConfig, lake: str) -> DatasetRef:
+    """Train the policy on the pairs and publish the model.
+
+    Args:
+        config: method and training settings
+        lake: folder of the lake
+    """
+    step = steps.prepare(config, Lake.open(lake))
+    return published(step, lake) or steps.finetune(step, lake)

@@ -1,0 +1,26 @@
+"""Candidates for prompts: Best-of-N, with cuts or without. From the command line: `winnow generate`."""
+
+from prefect import flow
+
+from storage.lake import DatasetRef, Lake
+from tasks import generate as steps
+from tasks.cache import published
+from tasks.settings import GenerateConfig
+
+
+@flow(name="generate", flow_run_name="generate-{config.name}", persist_result=False)
+def generate(config: GenerateConfig, lake: str) -> DatasetRef:
+    """Draw N candidates per prompt, one task per shard.
+
+    Args:
+        config: the policy, its sampling and the cuts
+        lake: folder of the lake
+    """
+    step = steps.prepare(config, Lake.open(lake))
+    found = published(step, lake)
+    if found:
+        return found
+    count = steps.count_shards(step, lake)
+    for index in range(count):
+        steps.generate_shard(step, lake, index, count)
+    return steps.publish(step, lake, count)

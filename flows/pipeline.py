@@ -1,0 +1,40 @@
+"""The whole chain. From the command line: `winnow run CONFIG`."""
+
+from prefect import flow
+
+from flows.assemble import assemble
+from flows.evaluate import evaluate
+from flows.export import export
+from flows.finetune import finetune
+from flows.generate import generate
+from flows.ingest import ingest
+from flows.score import score
+from storage.lake import DatasetRef
+from tasks.settings import PipelineConfig
+
+
+@flow(name="pipeline", flow_run_name="pipeline-{config.name}", persist_result=False)
+def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
+    """Prompts to a fine-tuned, evaluated and exported model; stages that are in the lake already are not run.
+
+    Args:
+        config: all stages
+        lake: folder of the lake
+    """
+    prompts = ingest(config.stage(config.ingest), lake)
+    candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake)
+    scored = score(config.stage(config.score, candidates=str(candidates)), lake)
+    pairs = assemble(config.stage(config.assemble, candidates=str(scored)), lake)
+    model = finetune(config.stage(config.finetune, preferences=str(pairs)), lake)
+    models = {"before": config.finetune.model, "after": str(model)}
+    evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
+    bundle = export(config.stage(config.export, model=str(model)), lake)
+    return {
+        "ingest": prompts,
+        "generate": candidates,
+        "score": scored,
+        "assemble": pairs,
+        "finetune": model,
+        "evaluate": evaluation,
+        "export": bundle,
+    }

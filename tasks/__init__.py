@@ -1,0 +1,1 @@
+"""Steps of flows: thin and repeatable; the only place that knows Prefect, runtime and storage."""

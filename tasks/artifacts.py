@@ -1,0 +1,70 @@
+"""What a stage shows in Prefect: a markdown summary, a table, and progress while it runs.
+
+Outside a Prefect run (tests, library use) nothing is shown.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import get_run_context
+from prefect.exceptions import MissingContextError
+
+from runtime.records import Progress
+from storage.lake import DatasetRef
+
+Cell = str | int | float | None
+
+
+def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Mapping[str, Cell]]) -> None:
+    """One summary and one table for a finished stage."""
+    if not _in_run():
+        return
+    lines = [f"## {ref}", "", "| | |", "|---|---|", *(f"| {key} | {_text(value)} |" for key, value in summary.items())]
+    key = _key(f"{ref.kind}-{ref.name}")
+    create_markdown_artifact("\n".join(lines), key=f"{key}-summary", description=f"Summary of {ref}")
+    if rows:
+        table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows]
+        create_table_artifact(table, key=f"{key}-table", description=f"Per group: {ref}")
+
+
+def progress(label: str) -> Progress:
+    """A callback that moves a progress artifact, at most once per percent."""
+    if not _in_run():
+        return lambda done, total: None
+    artifact_id = create_progress_artifact(0.0, key=_key(label), description=label)
+    shown = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal shown
+        percent = int(100 * done / max(total, 1))
+        if percent > shown:
+            shown = percent
+            update_progress_artifact(artifact_id, float(percent))
+
+    return update
+
+
+def _in_run() -> bool:
+    try:
+        get_run_context()
+    except MissingContextError:
+        return False
+    return True
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _text(value: object) -> str:
+    return str(_rounded(value) if isinstance(value, float) else value).replace("|", "\\|")
+
+
+def _rounded(cell: Cell) -> Cell:
+    return round(cell, 4) if isinstance(cell, float) else cell

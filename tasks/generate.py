@@ -1,0 +1,127 @@
+"""Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import pyarrow as pa
+from prefect import task
+from pydantic import JsonValue
+
+from storage.lake import DatasetRef, Lake
+from storage.writer import Shard
+from tasks.artifacts import Cell, progress, show_stage
+from tasks.errors import ConfigError
+from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
+from tasks.retries import retry_unless_user_error
+from tasks.rows import candidates_table, prompts_of
+from tasks.settings import GenerateConfig
+from tasks.versions import Step, pin
+
+
+def prepare(config: GenerateConfig, lake: Lake) -> Step:
+    """The step, with its prompts and models pinned."""
+    models = {"model": model_identity(config.model, "policy", lake)}
+    if config.cut_policy != "none":
+        models["reward"] = reward_identity(config, lake)
+    inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
+    pinned = config.model_copy(update={"prompts": inputs["prompts"]})
+    return Step("generate", "candidates", config.name, pinned, inputs, models)
+
+
+def count_shards(step: Step, lake_root: str) -> int:
+    """How many shards the step has."""
+    config = _config(step)
+    n_prompts = _prompts(step, Lake.open(lake_root)).num_rows
+    if n_prompts == 0:
+        raise ConfigError(f"{config.prompts} has no training prompts; lower ingest.heldout_fraction or raise max_prompts")
+    return -(-n_prompts // config.shard_prompts)
+
+
+@task(name="generate-shard", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
+def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
+    """Decode the candidates of one shard of prompts and write them; the number of candidates."""
+    from runtime.decoding.engine import Engine
+    from runtime.decoding.rejection import CutSchedule
+    from runtime.decoding.sampling import SamplingConfig
+
+    config, lake = _config(step), Lake.open(lake_root)
+    writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
+    if writer.has(shard):
+        return cast(int, writer.files[shard.path].rows)
+    use_threads(config.threads)
+    start = index * config.shard_prompts
+    prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
+    policy = load_policy_model(model_path(config.model, "policy", lake), config.dtype, config.device)
+    cuts, reward = CutSchedule(), None
+    if config.cut_policy == "schedule":
+        cuts = CutSchedule(tuple(config.cut_tokens), tuple(config.cut_keep), config.contrast)
+        reward = open_reward(config, lake)
+    sampling = SamplingConfig(
+        config.n, config.temperature, config.top_k, config.top_p, config.max_new_tokens, config.seed
+    )
+    engine = Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format)
+    answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
+    table = candidates_table(prompts, answers, f"{config.model}@{policy.content_hash[:12]}", config.seed)
+    writer.write(shard, table)
+    return table.num_rows
+
+
+@task(name="publish-candidates", persist_result=False)
+def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
+    """Publish all shards as a version."""
+    writer = step.writer(Lake.open(lake_root))
+    shards = [Shard("candidates", "train", index, count) for index in range(count)]
+    missing = [shard.path for shard in shards if not writer.has(shard)]
+    assert not missing, missing
+    table = pa.concat_tables([writer.read(shard) for shard in shards])
+    stats, groups = summarise(table)
+    ref = writer.commit(step.provenance(stats))
+    show_stage(ref, stats, groups)
+    return ref
+
+
+def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
+    """Totals, and one row per group: candidates, tokens, and the tokens that cuts saved.
+
+    What a cut answer would still have cost is unknown; it is estimated by the mean length of the finished answers to
+    the same prompt, and so the saving is called an estimate.
+    """
+    columns = table.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
+    finished: dict[str, list[int]] = {}
+    for row in columns:
+        if row["finish_reason"] in ("eos", "length"):
+            finished.setdefault(row["prompt_id"], []).append(row["n_tokens"])
+    expected = {prompt_id: sum(lengths) / len(lengths) for prompt_id, lengths in finished.items()}
+    groups = [
+        {"group": group} | _totals([row for row in columns if row["group"] == group], expected)
+        for group in sorted({row["group"] for row in columns})
+    ]
+    return cast(dict[str, JsonValue], _totals(columns, expected)), groups
+
+
+def _totals(rows: list[Mapping[str, object]], expected: Mapping[str, float]) -> dict[str, Cell]:
+    decoded = sum(cast(int, row["n_tokens"]) for row in rows)
+    saved = sum(
+        max(0.0, expected.get(str(row["prompt_id"]), 0.0) - cast(int, row["n_tokens"]))
+        for row in rows
+        if row["finish_reason"] == "cut"
+    )
+    return {
+        "prompts": len({row["prompt_id"] for row in rows}),
+        "candidates": len(rows),
+        "cut": sum(row["finish_reason"] == "cut" for row in rows),
+        "length": sum(row["finish_reason"] == "length" for row in rows),
+        "errors": sum(row["status"] == "error" for row in rows),
+        "tokens_decoded": decoded,
+        "tokens_saved_estimate": round(saved),
+        "share_saved_estimate": round(saved / (saved + decoded), 4) if decoded else 0.0,
+    }
+
+
+def _config(step: Step) -> GenerateConfig:
+    assert isinstance(step.config, GenerateConfig)
+    return step.config
+
+
+def _prompts(step: Step, lake: Lake) -> pa.Table:
+    return lake.read_table(lake.resolve(step.inputs["prompts"]), "prompts", "train")

@@ -1,0 +1,223 @@
+"""Raw rows to prompts: normalised, grouped, de-duplicated, split; rows that cannot be used are kept with a reason."""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from prefect import task
+
+from storage.lake import DatasetRef, Lake
+from storage.schema import to_table
+from storage.writer import Shard
+from tasks.artifacts import show_stage
+from tasks.errors import ConfigError, InputError
+from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
+from tasks.settings import IngestConfig
+from tasks.versions import Step
+
+ROLES = ("system", "user", "assistant", "tool")
+TEXT_COLUMNS = ("prompt", "text", "instruction", "question")
+NO_GROUP = "all"
+
+
+class _Unusable(Exception):
+    """A row that becomes a rejected row: (reason, detail)."""
+
+
+@dataclass(slots=True)
+class Ingested:
+    """Rows of the tables `prompts` (by split) and `rejected`, and what was counted on the way."""
+
+    prompts: dict[str, list[dict[str, object]]] = field(default_factory=lambda: {"train": [], "test": []})
+    rejected: list[dict[str, object]] = field(default_factory=list)
+    n_rows: int = 0
+    n_over_limit: Counter[str] = field(default_factory=Counter)
+
+
+def prepare(config: IngestConfig) -> Step:
+    """The step, with the source's identity."""
+    return Step("ingest", "prompts", config.name, config, {"source": source_identity(config)})
+
+
+@task(name="ingest", persist_result=False)
+def ingest(step: Step, lake_root: str) -> DatasetRef:
+    """Read, clean and publish the prompts."""
+    config = step.config
+    assert isinstance(config, IngestConfig)
+    found = clean(read_rows(config), config)
+    if not any(found.prompts.values()):
+        reasons = ", ".join(sorted({str(row["reason"]) for row in found.rejected})) or "the source is empty"
+        raise InputError(f'source "{config.source}" gives no usable prompt: {reasons}')
+    writer = step.writer(Lake.open(lake_root))
+    for split, rows in found.prompts.items():
+        writer.write(Shard("prompts", split, 0, 1), to_table("prompts", rows))
+    writer.write(Shard("rejected", "train", 0, 1), to_table("rejected", found.rejected))
+    stats = {
+        "rows": found.n_rows,
+        "prompts": len(found.prompts["train"]),
+        "heldout": len(found.prompts["test"]),
+        "rejected": dict(Counter(str(row["reason"]) for row in found.rejected)),
+        "over_limit": dict(found.n_over_limit),
+    }
+    ref = writer.commit(step.provenance(stats))
+    show_stage(ref, stats, _per_group(found))
+    return ref
+
+
+def clean(rows: Iterable[RawRow], config: IngestConfig) -> Ingested:
+    """Apply normalisation, groups, de-duplication, split and limits, in this order."""
+    found = Ingested()
+    seen: dict[str, str] = {}
+    columns: set[str] = set()
+    rules = _compiled(config.group_rules)
+    for number, row in rows:
+        found.n_rows += 1
+        group = None
+        try:
+            if isinstance(row, Unreadable):
+                raise _Unusable("unreadable", row.detail)
+            columns.update(row)
+            messages = _messages(row, config)
+            group = _group(row, messages, config, rules)
+            prompt_id = _prompt_id(messages)
+            if prompt_id in seen:
+                raise _Unusable("duplicate" if seen[prompt_id] == group else "duplicate_in_other_group", prompt_id)
+            seen[prompt_id] = group
+            _place(found, _prompt(row, (prompt_id, messages, group), config), config)
+        except _Unusable as error:
+            reason, detail = error.args
+            found.rejected.append(_rejected(number, group, reason, detail))
+    _check_columns(columns, config, found)
+    return found
+
+
+def _place(found: Ingested, prompt: dict[str, object], config: IngestConfig) -> None:
+    """Into its split, unless that is full."""
+    position = int(str(prompt["prompt_id"])[:8], 16) / 2**32
+    split = "test" if position < config.heldout_fraction else "train"
+    limit = config.max_heldout if split == "test" else config.max_prompts
+    if limit is not None and len(found.prompts[split]) >= limit:
+        found.n_over_limit[split] += 1
+    else:
+        found.prompts[split].append(prompt)
+
+
+def _messages(row: Mapping[str, object], config: IngestConfig) -> list[dict[str, str]]:
+    raw = _raw_messages(row, config)
+    messages = []
+    for turn in raw:
+        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            raise _Unusable("bad_messages", f"each message needs a role out of {', '.join(ROLES)} and text as content")
+        content = unicodedata.normalize("NFC", turn["content"]).replace("\r\n", "\n").strip()
+        if not content:
+            raise _Unusable("empty_prompt", f"the {turn['role']} message has no text")
+        messages.append({"role": turn["role"], "content": content})
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise _Unusable("bad_messages", f"the last message is the {messages[-1]['role']}'s; it must be the user's")
+    if config.system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    return messages
+
+
+def _raw_messages(row: Mapping[str, object], config: IngestConfig) -> list[object]:
+    column = config.messages_column or ("messages" if "messages" in row and not config.prompt_column else None)
+    if column:
+        value = row.get(column)
+        if not isinstance(value, list) or not value:
+            raise _Unusable("missing_value", f'column "{column}" has no list of messages')
+        return value
+    text_column = config.prompt_column or next((name for name in TEXT_COLUMNS if name in row), None)
+    value = row.get(text_column) if text_column else None
+    if isinstance(value, list) and not config.prompt_column and value:
+        return value  # a conversational `prompt` column
+    if not isinstance(value, str):
+        raise _Unusable("missing_value", f'column "{text_column or "messages"}" has no text')
+    return [{"role": "user", "content": value}]
+
+
+def _group(
+    row: Mapping[str, object],
+    messages: list[dict[str, str]],
+    config: IngestConfig,
+    rules: list[tuple[re.Pattern[str], str]],
+) -> str:
+    if config.group_constant:
+        return config.group_constant
+    if rules:
+        text = "\n".join(message["content"] for message in messages)
+        matched = next((group for pattern, group in rules if pattern.search(text)), None)
+        if matched is None:
+            raise _Unusable("no_group", "no group rule matches")
+        return matched
+    column = config.group_column or ("group" if "group" in row else None)
+    if column is None:
+        return NO_GROUP
+    value = row.get(column)
+    if value is None or not str(value).strip():
+        raise _Unusable("no_group", f'column "{column}" is empty')
+    return str(value).strip()
+
+
+def _prompt(
+    row: Mapping[str, object], found: tuple[str, list[dict[str, str]], str], config: IngestConfig
+) -> dict[str, object]:
+    prompt_id, messages, group = found
+    reference = row.get(config.reference_column or "reference")
+    return {
+        "prompt_id": prompt_id,
+        "messages": messages,
+        "group": group,
+        "reference": None if reference is None else str(reference),
+        "source": config.source,
+        "license": config.license,
+    }
+
+
+def _prompt_id(messages: list[dict[str, str]]) -> str:
+    """32 hexadecimal digits of the sha256 over the normalised messages."""
+    text = json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _compiled(rules: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:
+    compiled = []
+    for rule in rules:
+        pattern, equals, group = rule.rpartition("=")
+        try:
+            if not equals or not group.strip():
+                raise ConfigError(f'group rule "{rule}": write regular-expression=group')
+            compiled.append((re.compile(pattern), group.strip()))
+        except re.error as error:
+            raise ConfigError(f'group rule "{rule}" is not a regular expression: {error}') from error
+    return compiled
+
+
+def _check_columns(columns: set[str], config: IngestConfig, found: Ingested) -> None:
+    """A configured column that no row has is a mistake, not a reason to reject every row."""
+    configured = (config.messages_column, config.prompt_column, config.group_column, config.reference_column)
+    for column in configured:
+        if column and column not in columns and found.n_rows:
+            have = ", ".join(sorted(columns)) or "none"
+            raise InputError(f'source "{config.source}" has no column "{column}"; it has {have}')
+
+
+def _rejected(number: int, group: str | None, reason: str, detail: str) -> dict[str, object]:
+    prompt_id = detail if reason.startswith("duplicate") else None
+    return {
+        "stage": "ingest",
+        "row": number,
+        "prompt_id": prompt_id,
+        "group": group,
+        "reason": reason,
+        "detail": detail,
+    }
+
+
+def _per_group(found: Ingested) -> list[dict[str, str | int | float | None]]:
+    counts = {split: Counter(str(row["group"]) for row in rows) for split, rows in found.prompts.items()}
+    groups = sorted(set(counts["train"]) | set(counts["test"]))
+    return [{"group": g, "prompts": counts["train"][g], "heldout": counts["test"][g]} for g in groups]

@@ -1,0 +1,115 @@
+"""Which model a configuration names, what identifies it, and loading it once per process."""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, cast
+
+from storage.lake import Lake
+from tasks.errors import ConfigError
+from tasks.settings import STARTER, RewardConfig
+from tasks.versions import pin
+
+if TYPE_CHECKING:
+    from runtime.models import LoadedModel
+    from runtime.records import Prompt
+    from runtime.rewards.protocol import Reward
+
+Role = Literal["policy", "reward"]
+
+
+def model_path(source: str, role: Role, lake: Lake) -> str:
+    """Folder or hub name behind starter, models/NAME[@version], a folder or a hub name."""
+    if source == STARTER:
+        from runtime.starter import path
+
+        return str(path(role))
+    if source.startswith("models/"):
+        return str(lake.folder(lake.resolve(pin(lake, source, "models/x")), "model"))
+    return source
+
+
+def model_identity(source: str, role: Role, lake: Lake) -> str:
+    """What a model adds to a fingerprint: its version in the lake, or the hash of its files."""
+    if source.startswith("models/"):
+        return pin(lake, source, "models/x")
+    from runtime.models import content_hash
+
+    return f"sha256:{content_hash(model_path(source, role, lake))}"
+
+
+def reward_identity(config: RewardConfig, lake: Lake) -> str:
+    """What the configured reward adds to a fingerprint: the model's identity, or the hash of the function's module."""
+    if config.reward == "function":
+        module = inspect.getmodule(load_function(config.reward_function))
+        source = inspect.getsource(module) if module else config.reward_function
+        return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"
+    return model_identity(config.reward_model, _reward_role(config), lake)
+
+
+def load_function(name: str) -> Callable[["Prompt", str], float]:
+    """The function behind package.module:name; ConfigError when there is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f'function "{name}" cannot be imported: {error}; write package.module:name') from error
+    if not callable(function):
+        raise ConfigError(f'"{name}" is not a function')
+    return cast("Callable[[Prompt, str], float]", function)
+
+
+def load_policy_model(path: str, dtype: str, device: str) -> "LoadedModel":
+    """A causal model, loaded once per process. Callers must not train it."""
+    return _cached_policy(path, dtype, _device(device))
+
+
+def open_reward(config: RewardConfig, lake: Lake, batch_size: int = 32) -> "Reward":
+    """The configured reward, its model loaded once per process."""
+    if config.reward == "function":
+        from runtime.rewards.verifier import FunctionReward
+
+        return FunctionReward(load_function(config.reward_function), config.reward_function.partition(":")[2])
+    path = model_path(config.reward_model, _reward_role(config), lake)
+    if config.reward == "likelihood":
+        from runtime.rewards.likelihood import LikelihoodReward
+
+        policy = _cached_policy(path, config.dtype, _device(config.device))
+        return LikelihoodReward(policy, config.prompt_format, batch_size)
+    from runtime.rewards.classifier import ClassifierReward
+
+    classifier = _cached_classifier(path, config.dtype, _device(config.device))
+    return ClassifierReward(classifier, config.prompt_format, batch_size)
+
+
+def use_threads(threads: int) -> None:
+    """Let torch use so many threads; more than the cores slow it down severalfold."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _reward_role(config: RewardConfig) -> Role:
+    return "reward" if config.reward == "classifier" else "policy"
+
+
+def _device(choice: str) -> str:
+    from runtime.hardware import pick_device
+
+    return pick_device(choice)
+
+
+@lru_cache(maxsize=4)
+def _cached_policy(path: str, dtype: str, device: str) -> "LoadedModel":
+    from runtime.models import load_policy
+
+    return load_policy(path, dtype, device)
+
+
+@lru_cache(maxsize=2)
+def _cached_classifier(path: str, dtype: str, device: str) -> "LoadedModel":
+    from runtime.models import load_classifier
+
+    return load_classifier(path, dtype, device)

@@ -1,0 +1,61 @@
+"""Between the lake's tables and the runtime's records."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import pyarrow as pa
+
+from storage.schema import to_table
+
+if TYPE_CHECKING:
+    from runtime.records import Candidate, Message, Prompt
+
+
+def prompts_of(table: pa.Table) -> "list[Prompt]":
+    """Rows of a prompts table as records."""
+    from runtime.records import Prompt
+
+    return [
+        Prompt(row["prompt_id"], messages_of(row["messages"]), row["group"], row["reference"])
+        for row in table.to_pylist()
+    ]
+
+
+def messages_of(rows: Sequence[Mapping[str, str]]) -> "tuple[Message, ...]":
+    """A column of message structs as records."""
+    from runtime.records import Message
+
+    return tuple(Message(row["role"], row["content"]) for row in rows)
+
+
+def candidates_table(
+    prompts: "Sequence[Prompt]", answers: "Sequence[Sequence[Candidate]]", generator: str, seed: int
+) -> pa.Table:
+    """Candidates of several prompts as a table without scores."""
+    rows = [
+        {
+            "prompt_id": c.prompt_id,
+            "group": prompt.group,
+            "candidate_index": c.candidate_index,
+            "response": c.response,
+            "token_ids": list(c.token_ids),
+            "n_tokens": c.n_tokens,
+            "finish_reason": c.finish_reason,
+            "cut_at_token": c.cut_at_token,
+            "cuts": [{"n_tokens": cut.n_tokens, "score": cut.score, "kept": cut.kept} for cut in c.cuts],
+            "score": None,
+            "scores": {},
+            "generator": generator,
+            "seed": seed,
+            "status": c.status,
+            "error": c.error,
+        }
+        for prompt, candidates in zip(prompts, answers, strict=True)
+        for c in candidates
+    ]
+    return to_table("candidates", rows)
+
+
+def rows_of(table: pa.Table) -> list[dict[str, object]]:
+    """A candidates table as dictionaries, maps included."""
+    return cast(list[dict[str, object]], table.to_pylist(maps_as_pydicts="strict"))

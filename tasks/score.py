@@ -1,0 +1,106 @@
+"""Final scores: every finished answer is scored again from its text; partial scores stay in `cuts`."""
+
+from typing import cast
+
+import pyarrow as pa
+from prefect import task
+from pydantic import JsonValue
+
+from storage.lake import DatasetRef, Lake
+from storage.schema import to_table
+from storage.writer import Shard
+from tasks.artifacts import Cell, show_stage
+from tasks.errors import ConfigError
+from tasks.models import open_reward, reward_identity, use_threads
+from tasks.retries import retry_unless_user_error
+from tasks.rows import prompts_of, rows_of
+from tasks.settings import RewardConfig, ScoreConfig
+from tasks.versions import Step, pin
+
+
+def prepare(config: ScoreConfig, lake: Lake) -> Step:
+    """The step, with its candidates and reward pinned."""
+    inputs = {"candidates": pin(lake, config.candidates, f"candidates/{config.name}")}
+    pinned = config.model_copy(update=inputs)
+    return Step("score", "candidates", config.name, pinned, inputs, {"reward": reward_identity(config, lake)})
+
+
+def count_shards(step: Step, lake_root: str) -> int:
+    """As many as the candidates have."""
+    lake = Lake.open(lake_root)
+    return len(lake.manifest(lake.resolve(step.inputs["candidates"])).shards("candidates"))
+
+
+@task(name="score-shard", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
+def score_shard(step: Step, lake_root: str, index: int, count: int) -> int:
+    """Score one shard; the number of scored candidates."""
+    config, lake = step.config, Lake.open(lake_root)
+    assert isinstance(config, ScoreConfig)
+    writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
+    if writer.has(shard):
+        return cast(int, writer.files[shard.path].rows)
+    use_threads(config.threads)
+    source = lake.resolve(step.inputs["candidates"])
+    candidates = next(table for i, table in enumerate(lake.iter_shards(source, "candidates")) if i == index)
+    prompts = lake.read_table(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
+    scored = scored_table(candidates, prompts, config, lake)
+    writer.write(shard, scored)
+    return scored.num_rows
+
+
+@task(name="publish-scores", persist_result=False)
+def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
+    """Publish all shards as a version; refuses scores that say nothing."""
+    lake = Lake.open(lake_root)
+    writer = step.writer(lake)
+    shards = [Shard("candidates", "train", index, count) for index in range(count)]
+    missing = [shard.path for shard in shards if not writer.has(shard)]
+    assert not missing, missing
+    table = pa.concat_tables([writer.read(shard) for shard in shards])
+    stats, groups = summarise(table)
+    if cast(int, stats["scored"]) > 1 and stats["spread"] == 0:
+        raise ConfigError(f"all {stats['scored']} answers have the score {stats['mean_score']}; choose another reward")
+    prompts = lake.manifest(lake.resolve(step.inputs["candidates"])).inputs["prompts"]
+    ref = writer.commit(step.provenance(stats, {"prompts": prompts}))
+    show_stage(ref, stats, groups)
+    return ref
+
+
+def scored_table(candidates: pa.Table, prompts: pa.Table, config: RewardConfig, lake: Lake) -> pa.Table:
+    """`candidates` with `score` and `scores` filled for finished answers; a failing row gets status `error`."""
+    batch_size = config.batch_size if isinstance(config, ScoreConfig) else 32
+    reward = open_reward(config, lake, batch_size)
+    by_id = {prompt.prompt_id: prompt for prompt in prompts_of(prompts)}
+    rows = rows_of(candidates)
+    finished = [row for row in rows if row["status"] == "ok" and row["finish_reason"] in ("eos", "length")]
+    asked = [by_id[str(row["prompt_id"])] for row in finished]
+    scores = reward.score(asked, [str(row["response"]) for row in finished])
+    for row, score in zip(finished, scores, strict=True):
+        if score.value is None:
+            row.update(status="error", error=score.error)
+        else:
+            row["score"] = score.value
+            row["scores"] = {**cast(dict[str, float], row["scores"]), reward.name: score.value}
+    return to_table("candidates", rows)
+
+
+def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
+    """Totals, and one row per group."""
+    rows = table.select(["group", "score", "status"]).to_pylist()
+    groups = [
+        {"group": group} | _totals([row for row in rows if row["group"] == group])
+        for group in sorted({row["group"] for row in rows})
+    ]
+    return cast(dict[str, JsonValue], _totals(rows)), groups
+
+
+def _totals(rows: list[dict[str, object]]) -> dict[str, Cell]:
+    scores = [cast(float, row["score"]) for row in rows if row["score"] is not None]
+    return {
+        "candidates": len(rows),
+        "scored": len(scores),
+        "errors": sum(row["status"] == "error" for row in rows),
+        "mean_score": round(sum(scores) / len(scores), 6) if scores else None,
+        "best_score": round(max(scores), 6) if scores else None,
+        "spread": round(max(scores) - min(scores), 6) if scores else None,
+    }

@@ -1,0 +1,257 @@
+"""Parameters of every stage. The same models are read from TOML, shown in Prefect's run form and stored with each version.
+
+Every field goes into the fingerprint of its stage: changing one makes a new version.
+"""
+
+from typing import Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda", "auto"]
+PromptFormat = Literal["chat", "text"]
+RewardKind = Literal["classifier", "likelihood", "function"]
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
+STARTER = "starter"
+
+Stage = TypeVar("Stage", bound="StageConfig")
+
+
+class StageConfig(BaseModel):
+    """What all stages share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("main", title="Name", description="Name of the datasets in the lake", pattern=NAME_PATTERN)
+
+
+class RewardConfig(StageConfig):
+    """Which reward scores answers, and on what the models run."""
+
+    reward: RewardKind = Field(
+        "classifier",
+        title="Reward",
+        description="classifier: a one-label sequence classifier; likelihood: mean log-probability per token under a "
+        "causal model; function: a Python function of (prompt, response)",
+    )
+    reward_model: str = Field(
+        STARTER, title="Reward model", description="Folder, hub name, models/NAME or starter (classifier, likelihood)"
+    )
+    reward_function: str = Field(
+        "", title="Reward function", description="package.module:name of the function (reward = function)"
+    )
+    prompt_format: PromptFormat = Field(
+        "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
+    )
+    dtype: Dtype = Field("float32", title="Number format", description="In which the models compute")
+    device: Device = Field("cpu", title="Device", description="auto takes a GPU where there is one")
+    threads: int = Field(2, title="Threads", description="Threads torch may use on the CPU", ge=1, le=256)
+
+    @model_validator(mode="after")
+    def _function_is_named(self) -> Self:
+        if self.reward == "function" and ":" not in self.reward_function:
+            raise ValueError(f'reward_function = "{self.reward_function}": write package.module:name')
+        if self.reward != "function" and self.reward_function:
+            raise ValueError(f'reward_function = "{self.reward_function}" needs reward = "function"')
+        return self
+
+
+class IngestConfig(StageConfig):
+    """Where prompts come from and which group each belongs to."""
+
+    source: str = Field(
+        STARTER, title="Source", description="starter, a file, a folder or hub name of a datasets dataset", min_length=1
+    )
+    format: Literal["auto", "jsonl", "parquet", "csv", "dataset"] = Field(
+        "auto", title="Format", description="auto: by the file name's ending"
+    )
+    dataset_split: str = Field("train", title="Dataset split", description="Split to read from a datasets dataset")
+    messages_column: str | None = Field(
+        None, title="Messages column", description="Column with lists of {role, content}; the default is messages"
+    )
+    prompt_column: str | None = Field(
+        None, title="Prompt column", description="Column with plain text, each taken as one user message"
+    )
+    system_prompt: str | None = Field(
+        None, title="System prompt", description="Put in front of every conversation that has none"
+    )
+    reference_column: str | None = Field(
+        None, title="Reference column", description="Column with reference answers; reference is taken where present"
+    )
+    group_column: str | None = Field(
+        None, title="Group column", description="Column that says who is asking; group is taken where present"
+    )
+    group_constant: str | None = Field(None, title="Group", description="One group for all prompts", min_length=1)
+    group_rules: list[str] = Field(
+        [], title="Group rules", description="regular-expression=group, searched in the prompt's text; first match wins"
+    )
+    license: str | None = Field(None, title="License", description="Of the source; stored with every row")
+    heldout_fraction: float = Field(
+        0.2, title="Held-out fraction", description="Share of prompts, by hash, kept for evaluation", ge=0, lt=1
+    )
+    max_prompts: int | None = Field(None, title="Prompts", description="At most so many training prompts", ge=1)
+    max_heldout: int | None = Field(None, title="Held-out prompts", description="At most so many of them", ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if self.messages_column and self.prompt_column:
+            raise ValueError("messages_column and prompt_column are both set; keep one")
+        chosen = [self.group_column, self.group_constant, self.group_rules or None]
+        if sum(choice is not None for choice in chosen) > 1:
+            raise ValueError("group_column, group_constant and group_rules exclude each other; keep one")
+        return self
+
+
+class GenerateConfig(RewardConfig):
+    """Best-of-N decoding, with or without speculative rejection."""
+
+    prompts: str = Field("", title="Prompts", description="REF of the prompts; empty: prompts/NAME, latest")
+    model: str = Field(STARTER, title="Policy", description="Folder, hub name, models/NAME or starter")
+    n: int = Field(16, title="Candidates", description="Candidates per prompt", ge=1, le=4096)
+    temperature: float = Field(1.0, title="Temperature", description="0 is greedy", ge=0, le=10)
+    top_k: int = Field(0, title="Top-k", description="0: off", ge=0)
+    top_p: float = Field(1.0, title="Top-p", description="1: off", gt=0, le=1)
+    max_new_tokens: int = Field(128, title="New tokens", description="At most, per candidate", ge=1)
+    seed: int = Field(0, title="Seed", description="Of the sampling noise", ge=0, lt=2**31)
+    cut_policy: Literal["none", "schedule"] = Field(
+        "schedule", title="Cut policy", description="none: plain Best-of-N; schedule: drop the worst partial answers"
+    )
+    cut_tokens: list[int] = Field(
+        [10, 24], title="Cut tokens", description="Token counts at which partial answers are compared"
+    )
+    cut_keep: list[float] = Field(
+        [0.5, 0.5], title="Cut keep", description="Fraction of a prompt's answers kept at each cut"
+    )
+    contrast: int = Field(
+        1, title="Contrast", description="Losers of the first cut that still run to completion, for pairs", ge=0
+    )
+    max_rows: int = Field(128, title="Rows", description="Candidates decoded together", ge=1)
+    shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.n > self.max_rows:
+            raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
+        if len(self.cut_tokens) != len(self.cut_keep):
+            raise ValueError(f"cut_tokens has {len(self.cut_tokens)} entries, cut_keep {len(self.cut_keep)}; give one each")
+        if self.cut_tokens != sorted(set(self.cut_tokens)) or any(n < 1 for n in self.cut_tokens):
+            raise ValueError(f"cut_tokens = {self.cut_tokens} must be positive and rise")
+        if any(not 0 < keep <= 1 for keep in self.cut_keep):
+            raise ValueError(f"cut_keep = {self.cut_keep} must be above 0 and at most 1")
+        return self
+
+
+class ScoreConfig(RewardConfig):
+    """Final scores of all finished candidates."""
+
+    candidates: str = Field("", title="Candidates", description="REF; empty: candidates/NAME, latest")
+    batch_size: int = Field(32, title="Batch size", description="Answers scored together", ge=1)
+
+
+class AssembleConfig(StageConfig):
+    """Which pairs are made from scored candidates."""
+
+    candidates: str = Field("", title="Candidates", description="REF of scored ones; empty: candidates/NAME, latest")
+    strategy: Literal["best_vs_worst", "best_vs_random", "best_vs_second"] = Field(
+        "best_vs_worst", title="Strategy", description="Which finished answer the best one is paired with"
+    )
+    min_margin: float = Field(0.0, title="Margin", description="A pair's score margin must be above this", ge=0)
+    max_pairs_per_group: int | None = Field(
+        None, title="Quota", description="At most so many pairs per group, chosen by a hash of the seed", ge=1
+    )
+    seed: int = Field(0, title="Seed", description="Of best_vs_random and of the quota", ge=0, lt=2**31)
+
+
+class FinetuneConfig(StageConfig):
+    """How the policy is trained on the pairs."""
+
+    preferences: str = Field("", title="Preferences", description="REF; empty: preferences/NAME, latest")
+    model: str = Field(STARTER, title="Policy", description="Folder, hub name, models/NAME or starter")
+    method: Literal["dpo", "sft"] = Field("dpo", title="Method", description="sft trains on the chosen answers alone")
+    beta: float = Field(0.1, title="Beta", description="Strength of the pull to the reference (dpo)", gt=0)
+    label_smoothing: float = Field(
+        0.0, title="Label smoothing", description="Assumed share of flipped pairs (dpo)", ge=0, lt=0.5
+    )
+    learning_rate: float = Field(2e-4, title="Learning rate", description="Peak; linear warm-up, cosine decay", gt=0)
+    epochs: int = Field(3, title="Epochs", description="Passes over the pairs", ge=1)
+    batch_size: int = Field(16, title="Batch size", description="Pairs per step on the device", ge=1)
+    gradient_accumulation: int = Field(1, title="Accumulation", description="Batches per optimizer step", ge=1)
+    max_length: int = Field(256, title="Length", description="Tokens of prompt and answer together", ge=2)
+    warmup_ratio: float = Field(0.1, title="Warm-up", description="Share of the steps", ge=0, le=1)
+    lora: bool = Field(False, title="LoRA", description="Train low-rank adapters and merge them at the end")
+    lora_rank: int = Field(16, title="LoRA rank", description="Width of the adapters", ge=1)
+    lora_alpha: int = Field(32, title="LoRA alpha", description="Adapters are scaled by alpha / rank", ge=1)
+    prompt_format: PromptFormat = Field(
+        "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
+    )
+    dtype: Dtype = Field("float32", title="Number format", description="bfloat16 trains with autocast")
+    device: Device = Field("cpu", title="Device", description="auto takes a GPU where there is one")
+    threads: int = Field(2, title="Threads", description="Threads torch may use on the CPU", ge=1, le=256)
+    seed: int = Field(0, title="Seed", description="Of the order of the pairs", ge=0, lt=2**31)
+
+
+class EvaluateConfig(RewardConfig):
+    """The same held-out prompts, answered before and after."""
+
+    prompts: str = Field("", title="Prompts", description="REF of prompts with held-out ones; empty: prompts/NAME")
+    before: str = Field(STARTER, title="Before", description="Folder, hub name, models/NAME or starter")
+    after: str = Field("", title="After", description="Likewise; empty: models/NAME, latest")
+    samples: int = Field(4, title="Samples", description="Answers per prompt and model", ge=1)
+    temperature: float = Field(1.0, title="Temperature", description="0 is greedy", ge=0, le=10)
+    max_new_tokens: int = Field(128, title="New tokens", description="At most, per answer", ge=1)
+    seed: int = Field(1, title="Seed", description="Of the sampling noise", ge=0, lt=2**31)
+    truth: str = Field(
+        "starter", title="Truth rule", description="starter, none, or package.module:name of (prompt, response) -> 0..1"
+    )
+    max_rows: int = Field(128, title="Rows", description="Answers decoded together", ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.samples > self.max_rows:
+            raise ValueError(f"samples = {self.samples} is above max_rows = {self.max_rows}; raise max_rows")
+        if self.truth not in ("starter", "none") and ":" not in self.truth:
+            raise ValueError(f'truth = "{self.truth}": use starter, none or package.module:name')
+        return self
+
+
+class ExportConfig(StageConfig):
+    """What leaves the lake."""
+
+    model: str = Field("", title="Model", description="models/NAME, folder or hub name; empty: models/NAME, latest")
+    format: Literal["hf"] = Field("hf", title="Format", description="hf: a plain Hugging Face folder")
+
+
+class PipelineConfig(BaseModel):
+    """All stages of a pipeline. The pipeline sets their names and connects their inputs itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("main", title="Name", description="Name of all its datasets", pattern=NAME_PATTERN)
+    ingest: IngestConfig = Field(IngestConfig(), title="Ingest", description="Where prompts come from")
+    generate: GenerateConfig = Field(GenerateConfig(), title="Generate", description="Best-of-N decoding")
+    score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
+    assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
+    export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
+
+    @model_validator(mode="after")
+    def _inputs_are_free(self) -> Self:
+        connected = {
+            "generate.prompts": self.generate.prompts,
+            "score.candidates": self.score.candidates,
+            "assemble.candidates": self.assemble.candidates,
+            "finetune.preferences": self.finetune.preferences,
+            "evaluate.prompts": self.evaluate.prompts,
+            "evaluate.after": self.evaluate.after,
+            "export.model": self.export.model,
+        }
+        for key, value in connected.items():
+            if value:
+                raise ValueError(f'{key} = "{value}": a pipeline connects its stages itself; leave it empty')
+        return self
+
+    def stage(self, stage: Stage, **inputs: str) -> Stage:
+        """A stage's configuration under the pipeline's name and with its inputs set."""
+        return type(stage).model_validate(stage.model_dump() | {"name": self.name} | inputs)
