@@ -10,6 +10,7 @@ from flows.generate import generate
 from flows.ingest import ingest
 from flows.score import score
 from storage.lake import DatasetRef
+from tasks.plan import check_connections
 from tasks.settings import PipelineConfig
 
 
@@ -21,6 +22,7 @@ def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
         config: all stages
         lake: folder of the lake
     """
+    check_connections(config)
     prompts = ingest(config.stage(config.ingest), lake)
     candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake)
     scored = score(config.stage(config.score, candidates=str(candidates)), lake)

@@ -4,7 +4,7 @@ Outside a Prefect run (tests, library use) nothing is shown.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -19,6 +19,8 @@ from runtime.records import Progress
 from storage.lake import DatasetRef
 
 Cell = str | int | float | None
+Display = Callable[[str, int, int], None]  # (label, done, total)
+_displays: list[Display] = []
 
 
 def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Mapping[str, Cell]]) -> None:
@@ -34,10 +36,8 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
 
 
 def progress(label: str) -> Progress:
-    """A callback that moves a progress artifact, at most once per percent."""
-    if not _in_run():
-        return lambda done, total: None
-    artifact_id = create_progress_artifact(0.0, key=_key(label), description=label)
+    """A callback that moves a progress artifact and every subscribed display, at most once per percent."""
+    artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if _in_run() else None
     shown = 0
 
     def update(done: int, total: int) -> None:
@@ -45,9 +45,17 @@ def progress(label: str) -> Progress:
         percent = int(100 * done / max(total, 1))
         if percent > shown:
             shown = percent
-            update_progress_artifact(artifact_id, float(percent))
+            for display in _displays:
+                display(label, done, total)
+            if artifact_id is not None:
+                update_progress_artifact(artifact_id, float(percent))
 
     return update
+
+
+def subscribe(display: Display) -> None:
+    """Have progress shown in this process too, such as by a bar on the terminal."""
+    _displays.append(display)
 
 
 def _in_run() -> bool:

@@ -7,6 +7,7 @@ from typing import cast
 
 from storage.lake import Lake
 from tasks import assemble, evaluate, export, finetune, generate, ingest, score
+from tasks.errors import ConfigError
 from tasks.models import model_path
 from tasks.settings import EvaluateConfig, GenerateConfig, PipelineConfig
 from tasks.versions import Step
@@ -27,8 +28,25 @@ class StagePlan:
     kv_bytes: int | None
 
 
+def check_connections(config: PipelineConfig) -> None:
+    """Raise ConfigError when the configuration sets an input that the pipeline connects itself."""
+    inputs = {
+        "generate.prompts": config.generate.prompts,
+        "score.candidates": config.score.candidates,
+        "assemble.candidates": config.assemble.candidates,
+        "finetune.preferences": config.finetune.preferences,
+        "evaluate.prompts": config.evaluate.prompts,
+        "evaluate.after": config.evaluate.after,
+        "export.model": config.export.model,
+    }
+    for key, value in inputs.items():
+        if value:
+            raise ConfigError(f'config: {key} = "{value}": a pipeline connects its stages itself; leave it empty')
+
+
 def steps(config: PipelineConfig, lake: Lake) -> dict[str, Step]:
     """All stages, connected; nothing is run and nothing needs to exist but the source and the models."""
+    check_connections(config)
     first = ingest.prepare(config.stage(config.ingest))
     prompts = first.ref_text
     drawn = generate.prepare(config.stage(config.generate, prompts=prompts), lake)
@@ -43,19 +61,20 @@ def steps(config: PipelineConfig, lake: Lake) -> dict[str, Step]:
 
 def plan(config: PipelineConfig, lake: Lake) -> list[StagePlan]:
     """What `steps` would do on this lake."""
-    return [_plan(step, lake, all_steps) for all_steps in [steps(config, lake)] for step in all_steps.values()]
+    all_steps = steps(config, lake)
+    return [_plan(step, lake, all_steps["ingest"]) for step in all_steps.values()]
 
 
-def _plan(step: Step, lake: Lake, all_steps: dict[str, Step]) -> StagePlan:
+def _plan(step: Step, lake: Lake, source: Step) -> StagePlan:
     n_prompts = n_candidates = n_tokens = kv_bytes = None
     config = step.config
     if isinstance(config, GenerateConfig | EvaluateConfig):
-        n_prompts = _count_prompts(all_steps["ingest"], lake, "prompts" if step.stage == "generate" else "heldout")
+        n_prompts = _count_prompts(source, lake, "prompts" if step.stage == "generate" else "heldout")
         per_prompt = config.n if isinstance(config, GenerateConfig) else 2 * config.samples
         n_candidates = None if n_prompts is None else n_prompts * per_prompt
         n_tokens = None if n_candidates is None else n_candidates * config.max_new_tokens
-        source = config.model if isinstance(config, GenerateConfig) else config.before
-        kv_bytes = _kv_bytes(source, lake, config)
+        model = config.model if isinstance(config, GenerateConfig) else config.before
+        kv_bytes = _kv_bytes(model, lake, config)
     is_cached = step.published(lake) is not None
     return StagePlan(step.stage, step.ref_text, is_cached, n_prompts, n_candidates, n_tokens, kv_bytes)
 
@@ -65,10 +84,10 @@ def _count_prompts(step: Step, lake: Lake, which: str) -> int | None:
     return cast(int, lake.manifest(ref).stats[which]) if ref else None
 
 
-def _kv_bytes(source: str, lake: Lake, config: GenerateConfig | EvaluateConfig) -> int | None:
+def _kv_bytes(model: str, lake: Lake, config: GenerateConfig | EvaluateConfig) -> int | None:
     """Upper bound of the arena: every row at the model's full context. None for a model that is not here."""
     try:
-        path = Path(model_path(source, "policy", lake)) / "config.json"
+        path = Path(model_path(model, "policy", lake)) / "config.json"
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return None

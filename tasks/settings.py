@@ -236,22 +236,6 @@ class PipelineConfig(BaseModel):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
     export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
 
-    @model_validator(mode="after")
-    def _inputs_are_free(self) -> Self:
-        connected = {
-            "generate.prompts": self.generate.prompts,
-            "score.candidates": self.score.candidates,
-            "assemble.candidates": self.assemble.candidates,
-            "finetune.preferences": self.finetune.preferences,
-            "evaluate.prompts": self.evaluate.prompts,
-            "evaluate.after": self.evaluate.after,
-            "export.model": self.export.model,
-        }
-        for key, value in connected.items():
-            if value:
-                raise ValueError(f'{key} = "{value}": a pipeline connects its stages itself; leave it empty')
-        return self
-
     def stage(self, stage: Stage, **inputs: str) -> Stage:
         """A stage's configuration under the pipeline's name and with its inputs set."""
         return type(stage).model_validate(stage.model_dump() | {"name": self.name} | inputs)

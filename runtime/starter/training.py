@@ -36,8 +36,8 @@ class StarterSettings:
     max_length: int = 256
     slip_rate: float = 0.07
     style_rate: float = 0.72
-    policy_tokens: int = 12_000_000
-    reward_tokens: int = 6_000_000
+    policy_tokens: int = 10_000_000
+    reward_tokens: int = 5_000_000
     batch_tokens: int = 4096
     policy_learning_rate: float = 3e-3
     reward_learning_rate: float = 1e-3
@@ -46,7 +46,7 @@ class StarterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids with one label per token (policy) or a single label (reward)."""
+    """Token ids with one label per token: the token itself (policy) or the answer's truth (reward)."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -99,7 +99,8 @@ def train_reward(
     """Train the reward model, from the policy's weights, to tell whether an answer will turn out right.
 
     Half of the answers are cut at a random token and closed with the end token, exactly as partial answers are scored
-    during speculative rejection; their label is the truth of the whole answer.
+    during speculative rejection; their label is the truth of the whole answer. Every token of the answer is judged, not
+    only the last: the step at which the truth changes is then in plain sight, and slips are learned many times faster.
     """
     torch.manual_seed(settings.seed + 1)
     config = model_config(tokenizer, settings)
@@ -110,9 +111,9 @@ def train_reward(
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        last = (ids != tokenizer.pad_token_id).sum(dim=1) - 1
-        scores = model.score(hidden[torch.arange(len(ids)), last]).float().squeeze(-1)
-        return nn.functional.binary_cross_entropy_with_logits(scores, labels[:, 0].float())
+        judged = labels != IGNORED
+        scores = model.score(hidden[judged]).float().squeeze(-1)
+        return nn.functional.binary_cross_entropy_with_logits(scores, labels[judged].float())
 
     pools = (_reward_pool(tokenizer, settings, rng) for _ in iter(int, 1))
     _train(
@@ -175,7 +176,8 @@ def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
     for prompt, body, is_true in _draw_pool(tokenizer, settings, rng):
         is_cut = rng.random() < settings.truncated_share
         shown = body[: rng.randint(1, len(body))] if is_cut else body
-        examples.append(Example((*prompt, *shown, end), (int(is_true),)))
+        labels = (*[IGNORED] * len(prompt), *[int(is_true)] * (len(shown) + 1))
+        examples.append(Example((*prompt, *shown, end), labels))
     return examples
 
 

@@ -1,0 +1,49 @@
+"""`winnow`: the command line, thin over the flows and the lake.
+
+Every mistake of the user is one line on standard error with exit code 2; a traceback is a bug of ours.
+"""
+
+import sys
+
+import click
+import typer
+
+from flows import cli_demo, cli_lake, cli_run, cli_starter
+from flows.cli_options import messages
+from tasks.errors import USER_ERRORS
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prompts in; a scored, group-aware preference dataset and a measurably better model out.",
+)
+cli_demo.add_commands(app)
+cli_run.add_commands(app)
+cli_lake.add_commands(app)
+app.add_typer(cli_starter.app, name="starter")
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except USER_ERRORS as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        messages().print("interrupted; finished shards are kept, run the same command to continue")
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    messages().print(f"error: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

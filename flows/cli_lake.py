@@ -1,0 +1,82 @@
+"""The commands that read the lake; they need neither torch nor Prefect."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from flows.cli_options import DEFAULT_LAKE, JsonOption, LakeOption, cell, emit, output, table
+from storage.lake import Lake
+
+FIRST_ROWS = 3
+MAIN_TABLES = ("preferences", "candidates", "prompts")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands of this module into `app`."""
+    app.command("query")(query)
+    app.command("datasets")(datasets)
+    app.command("show")(show)
+
+
+def query(
+    sql: Annotated[str, typer.Argument(help="One DuckDB statement.")],
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+) -> None:
+    """SQL over the lake: views prompts, candidates, preferences, groups, cuts, runs, rejected, metrics, training."""
+    from storage.catalog import query as run_query
+
+    result = run_query(Lake.open(lake), sql)
+    if as_json:
+        emit({"columns": result.columns, "rows": [list(row) for row in result.rows]})
+    elif result.columns:
+        output().print(table(result.columns, result.rows))
+
+
+def datasets(lake: LakeOption = DEFAULT_LAKE, as_json: JsonOption = False) -> None:
+    """Every dataset and version in the lake, oldest first."""
+    manifests = Lake.open(lake).manifests()
+    if as_json:
+        emit({"datasets": [m.model_dump(mode="json", exclude={"files", "config"}) for m in manifests]})
+        return
+    if not manifests:
+        output().print(f"no datasets in {lake} yet; start with `winnow demo` or `winnow ingest`")
+        return
+    rows = [
+        (m.label, m.stage, f"{m.created_at:%Y-%m-%d %H:%M:%S}", sum(file.rows or 0 for file in m.files) or None)
+        for m in manifests
+    ]
+    output().print(table(["version", "stage", "made (UTC)", "rows"], rows))
+
+
+def show(
+    ref: Annotated[str, typer.Argument(help="kind/name or kind/name@version.")],
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+) -> None:
+    """One version: lineage, configuration, statistics, files, first rows."""
+    opened = Lake.open(lake)
+    found = opened.resolve(ref)
+    manifest = opened.manifest(found)
+    main_table = next((name for name in MAIN_TABLES if manifest.shards(name)), None)
+    first = next(opened.iter_shards(found, main_table)).slice(0, FIRST_ROWS).to_pylist() if main_table else []
+    if as_json:
+        emit(manifest.model_dump(mode="json") | {"uri": found.uri, "first_rows": first})
+        return
+    console = output()
+    console.print(f"{found}  ({manifest.stage}, {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC)\n{found.uri}\n")
+    facts = [("from", role, text) for role, text in manifest.inputs.items()]
+    facts += [("config", key, json.dumps(value)) for key, value in manifest.config.items()]
+    facts += [("stats", key, json.dumps(value)) for key, value in manifest.stats.items()]
+    console.print(table(["", "key", "value"], facts))
+    console.print()
+    console.print(table(["file", "rows", "bytes"], [(f.path, f.rows, f.size_bytes) for f in manifest.files]))
+    for row in first:
+        console.print()
+        console.print(table([f"first rows of {main_table}", ""], [(key, _short(value)) for key, value in row.items()]))
+
+
+def _short(value: object) -> str:
+    text = cell(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."

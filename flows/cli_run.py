@@ -1,0 +1,203 @@
+"""The commands that run flows: one per stage, `run` for all of them, and `plan`, which runs nothing."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flows.cli_options import (
+    DEFAULT_LAKE,
+    ConfigOption,
+    JsonOption,
+    LakeOption,
+    NameOption,
+    SetOption,
+    VerboseOption,
+    cell,
+    emit,
+    messages,
+    output,
+    overrides,
+    table,
+)
+from flows.config import load_config
+from storage.lake import DatasetRef, Lake
+from tasks.settings import PipelineConfig
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+STAGE_HELP = {
+    "generate": "Best-of-N candidates for prompts/NAME, with cuts or without.",
+    "score": "Final scores of candidates/NAME.",
+    "assemble": "Preference pairs from scored candidates/NAME.",
+    "finetune": "Train the policy on preferences/NAME.",
+    "evaluate": "Answer held-out prompts before and after, compared per group.",
+    "export": "Write models/NAME as a plain Hugging Face folder.",
+}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands of this module into `app`."""
+    app.command("run")(run)
+    app.command("plan")(plan)
+    app.command("ingest")(ingest)
+    for stage, text in STAGE_HELP.items():
+        app.command(stage, help=text)(_stage_command(stage))
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="TOML file of the pipeline.")],
+    lake: LakeOption = DEFAULT_LAKE,
+    values: SetOption = [],  # noqa: B006 (typer reads the default, nobody changes it)
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the whole chain on a configuration; stages that are in the lake are not run again."""
+    pipeline_config = load_config(config, values)
+    refs, cached = run_pipeline(pipeline_config, lake, verbose)
+    if as_json:
+        emit({"stages": {stage: _described(ref, lake) | {"cached": cached[stage]} for stage, ref in refs.items()}})
+        return
+    rows = [(stage, str(ref), "in the lake" if cached[stage] else "made") for stage, ref in refs.items()]
+    output().print(table(["stage", "version", ""], rows))
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(help="TOML file of the pipeline.")],
+    lake: LakeOption = DEFAULT_LAKE,
+    values: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Show what `run` would do: versions, cache hits, upper bounds of candidates, tokens and key-value memory."""
+    from tasks.plan import plan as plan_stages
+
+    plans = plan_stages(load_config(config, values), Lake.open(lake))
+    if as_json:
+        emit({"stages": [dataclasses.asdict(stage) for stage in plans]})
+        return
+    rows = [
+        (
+            p.stage,
+            p.ref,
+            "in the lake" if p.is_cached else "would run",
+            p.n_prompts,
+            p.n_candidates,
+            p.max_new_tokens,
+            None if p.kv_bytes is None else f"{p.kv_bytes / 2**20:.0f} MiB",
+        )
+        for p in plans
+    ]
+    columns = ["stage", "version", "", "prompts", "candidates", "new tokens <=", "key-value memory <="]
+    output().print(table(columns, rows))
+
+
+def ingest(
+    source: Annotated[str | None, typer.Argument(help="starter, a file, a folder or a hub name.")] = None,
+    name: NameOption = None,
+    group_column: Annotated[str | None, typer.Option(help="Column that says who is asking.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with plain text.")] = None,
+    config: ConfigOption = None,
+    values: SetOption = [],  # noqa: B006
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prompts from JSONL, Parquet, CSV, a datasets folder or hub name, or the starter."""
+    given = {"source": source, "group_column": group_column, "prompt_column": prompt_column}
+    shortcuts = [f"ingest.{key}={_quoted(value)}" for key, value in given.items() if value is not None]
+    found = load_config(config, [*overrides(values, name), *shortcuts])
+    _run_stage("ingest", found, lake, as_json, verbose)
+
+
+def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict[str, DatasetRef], dict[str, bool]]:
+    """Run the pipeline flow; its references, and which of them were in the lake before."""
+    from flows.prefect_settings import prepare_prefect
+
+    prepare_prefect(verbose)
+    from flows.pipeline import pipeline
+    from tasks.plan import steps
+
+    opened = Lake.open(lake)
+    cached = {stage: step.published(opened) is not None for stage, step in steps(config, opened).items()}
+    with progress_bars():
+        return pipeline(config, opened.root), cached
+
+
+@contextmanager
+def progress_bars() -> Iterator[None]:
+    """Bars for everything that reports progress, on a terminal only."""
+    console = messages()
+    if not console.is_terminal:
+        yield
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from tasks.artifacts import subscribe
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        known: dict[str, object] = {}
+
+        def show(label: str, done: int, total: int) -> None:
+            if label not in known:
+                known[label] = bars.add_task(label, total=total)
+            bars.update(known[label], completed=done, total=total)  # type: ignore[arg-type]
+
+        subscribe(show)
+        yield
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(
+        name: NameOption = None,
+        config: ConfigOption = None,
+        values: SetOption = [],  # noqa: B006
+        lake: LakeOption = DEFAULT_LAKE,
+        as_json: JsonOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        _run_stage(stage, load_config(config, overrides(values, name)), lake, as_json, verbose)
+
+    return command
+
+
+def _run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, verbose: bool) -> None:
+    from flows.prefect_settings import prepare_prefect
+
+    prepare_prefect(verbose)
+    root = Lake.open(lake).root
+    with progress_bars():
+        ref = _flow(stage)(config.stage(getattr(config, stage)), root)
+    described = _described(ref, lake)
+    if as_json:
+        emit(described)
+        return
+    output().print(f"{ref}\n{ref.uri}")
+    stats = described["stats"]
+    assert isinstance(stats, dict)
+    for key, value in stats.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            output().print(table(list(value[0]), [list(row.values()) for row in value]))
+        else:
+            output().print(f"  {key}: {cell(value)}")
+
+
+def _flow(stage: str) -> "Flow[..., DatasetRef]":
+    import importlib
+
+    found: Flow[..., DatasetRef] = getattr(importlib.import_module(f"flows.{stage}"), stage)
+    return found
+
+
+def _described(ref: DatasetRef, lake: str) -> dict[str, object]:
+    return {"ref": str(ref), "uri": ref.uri, "stats": Lake.open(lake).manifest(ref).stats}
+
+
+def _quoted(value: str) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,1 @@
+"""Training policies on preferences: losses as pure functions, collation, and the offline trainer."""
