@@ -70,7 +70,8 @@ def _print(report: Mapping[str, object]) -> None:
 
     groups = cast(list[dict[str, float]], report["groups"])
     changes = [
-        (g["group"], g["truth_before"], g["truth_after"], f"{g['truth_after'] - g['truth_before']:+.3f}") for g in groups
+        (g["group"], g["truth_before"], g["truth_after"], f"{g['truth_after'] - g['truth_before']:+.3f}")
+        for g in groups
     ]
     console.print("Right answers on held-out prompts (right number, in the style the group wants), pass@1:")
     console.print(table(["group", "before", "after", "change"], changes))

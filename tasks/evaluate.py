@@ -167,5 +167,7 @@ def _judged(answers: pa.Table, prompts: pa.Table, config: EvaluateConfig) -> pa.
 def _heldout(step: Step, lake: Lake) -> pa.Table:
     prompts = lake.read_table(lake.resolve(step.inputs["prompts"]), "prompts", "test")
     if prompts.num_rows == 0:
-        raise ConfigError(f"{step.inputs['prompts']} has no held-out prompts; raise ingest.heldout_fraction or max_heldout")
+        raise ConfigError(
+            f"{step.inputs['prompts']} has no held-out prompts; raise ingest.heldout_fraction or max_heldout"
+        )
     return prompts

@@ -43,8 +43,14 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     # Loaded anew, not from the process's cache: training changes the weights.
     policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="winnow-finetune-") as folder:
-        report = train_offline(policy, preference_rows(pairs), _offline_config(config), config.prompt_format,
-                               Path(folder), progress(f"{step.name} finetune"))
+        report = train_offline(
+            policy,
+            preference_rows(pairs),
+            _offline_config(config),
+            config.prompt_format,
+            Path(folder),
+            progress(f"{step.name} finetune"),
+        )
         writer = step.writer(lake)
         writer.add_tree(Path(folder), "model")
     writer.write(Shard("training", "train", 0, 1), to_table("training", _log_rows(report)))

@@ -33,7 +33,9 @@ def count_shards(step: Step, lake_root: str) -> int:
     config = _config(step)
     n_prompts = _prompts(step, Lake.open(lake_root)).num_rows
     if n_prompts == 0:
-        raise ConfigError(f"{config.prompts} has no training prompts; lower ingest.heldout_fraction or raise max_prompts")
+        raise ConfigError(
+            f"{config.prompts} has no training prompts; lower ingest.heldout_fraction or raise max_prompts"
+        )
     return -(-n_prompts // config.shard_prompts)
 
 

@@ -48,7 +48,9 @@ def source_format(config: IngestConfig) -> str:
     if ending in ENDINGS:
         return ENDINGS[ending]
     if ending and Path(config.source).is_file():
-        raise InputError(f'source "{config.source}": unknown ending "{ending}"; set format = "jsonl", "parquet" or "csv"')
+        raise InputError(
+            f'source "{config.source}": unknown ending "{ending}"; set format = "jsonl", "parquet" or "csv"'
+        )
     return "dataset"
 
 
@@ -97,7 +99,9 @@ def _read_csv(data: bytes, path: Path) -> Iterator[RawRow]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f'source "{path}" is not UTF-8 text ({error.reason} at byte {error.start}); convert it') from error
+        raise InputError(
+            f'source "{path}" is not UTF-8 text ({error.reason} at byte {error.start}); convert it'
+        ) from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
     for number, row in enumerate(reader, start=1):
         if None in row or None in row.values():
@@ -136,4 +140,6 @@ def _hub_revision(name: str) -> str:
     try:
         return f"hub:{HfApi().dataset_info(name, timeout=10).sha}"
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f'source "{name}" is no file or folder, and no reachable hub dataset either; check it') from error
+        raise InputError(
+            f'source "{name}" is no file or folder, and no reachable hub dataset either; check it'
+        ) from error

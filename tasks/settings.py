@@ -134,7 +134,9 @@ class GenerateConfig(RewardConfig):
         if self.n > self.max_rows:
             raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
         if len(self.cut_tokens) != len(self.cut_keep):
-            raise ValueError(f"cut_tokens has {len(self.cut_tokens)} entries, cut_keep {len(self.cut_keep)}; give one each")
+            raise ValueError(
+                f"cut_tokens has {len(self.cut_tokens)} entries, cut_keep {len(self.cut_keep)}; give one each"
+            )
         if self.cut_tokens != sorted(set(self.cut_tokens)) or any(n < 1 for n in self.cut_tokens):
             raise ValueError(f"cut_tokens = {self.cut_tokens} must be positive and rise")
         if any(not 0 < keep <= 1 for keep in self.cut_keep):

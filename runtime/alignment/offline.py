@@ -290,7 +290,8 @@ def _group_figures(
     """Reward accuracy and margin of every group over the training pairs, with the final weights."""
     policy = _all_logps(model, loaded, [item.pair for item in items], config)
     reference = losses.PairLogps(
-        torch.tensor([item.reference_chosen for item in items]), torch.tensor([item.reference_rejected for item in items])
+        torch.tensor([item.reference_chosen for item in items]),
+        torch.tensor([item.reference_rejected for item in items]),
     )
     metrics = losses.dpo(policy, reference, config.beta).metrics
     figures: dict[str, dict[str, float]] = {}

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class StarterSettings:
     hidden_size: int = 128
     intermediate_size: int = 384
     n_layers: int = 8
+    n_reward_layers: int = 2  # on top of the policy's
     n_heads: int = 4
     n_kv_heads: int = 2
     max_length: int = 256
@@ -96,17 +98,14 @@ def train_policy(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
 def train_reward(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, report: Report
 ) -> LlamaForSequenceClassification:
-    """Train the reward model, from the policy's weights, to tell whether an answer will turn out right.
+    """Train the reward model to tell whether an answer is right as far as it goes.
 
     Half of the answers are cut at a random token and closed with the end token, exactly as partial answers are scored
-    during speculative rejection; their label is the truth of the whole answer. Every token of the answer is judged, not
-    only the last: the step at which the truth changes is then in plain sight, and slips are learned many times faster.
+    during speculative rejection. Every token is judged, not only the last: the step at which an answer goes wrong is
+    then in plain sight.
     """
     torch.manual_seed(settings.seed + 1)
-    config = model_config(tokenizer, settings)
-    config.num_labels = 1
-    model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
-    model.model.load_state_dict(policy.model.state_dict())
+    model = _deepened(policy, tokenizer, settings)
     rng = random.Random(f"reward {settings.seed}")
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
@@ -116,13 +115,26 @@ def train_reward(
         return nn.functional.binary_cross_entropy_with_logits(scores, labels[judged].float())
 
     pools = (_reward_pool(tokenizer, settings, rng) for _ in iter(int, 1))
-    _train(
-        model,
-        _batches(pools, tokenizer, settings, rng),
-        loss,
-        _Budget("reward", settings.reward_tokens, settings.reward_learning_rate),
-        report,
-    )
+    budget = _Budget("reward", settings.reward_tokens, settings.reward_learning_rate)
+    _train(model, _batches(pools, tokenizer, settings, rng), loss, budget, report)
+    return model
+
+
+def _deepened(
+    policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings
+) -> LlamaForSequenceClassification:
+    """The policy's layers with a few new ones on top that at first change nothing.
+
+    What the policy expects next is known only in its last layer; a layer above can compare it with what came.
+    """
+    config = model_config(tokenizer, settings)
+    config.num_hidden_layers += settings.n_reward_layers
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
+    model.model.load_state_dict(policy.model.state_dict(), strict=False)
+    for layer in model.model.layers[settings.n_layers :]:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
     return model
 
 
@@ -137,10 +149,15 @@ def draw_answer(question: Question, settings: StarterSettings, rng: random.Rando
 def encode(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of each question up to and including the assistant's role token."""
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        cast(
+            str,
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            ),
+        )
         for text in questions
     ]
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return _ids(tokenizer, texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,14 +169,17 @@ class _Budget:
 
 def _draw_pool(
     tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random
-) -> Iterator[tuple[list[int], list[int], bool]]:
-    """(prompt ids, answer ids without the end token, is_true) of POOL_SIZE fresh examples."""
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """(prompt ids, answer ids, ids of the right answer) of POOL_SIZE fresh examples, without end tokens."""
     questions = [draw_question(rng, held_out=False) for _ in range(POOL_SIZE)]
-    answers = [draw_answer(question, settings, rng) for question in questions]
     prompts = encode(tokenizer, [question.text for question in questions])
-    bodies = tokenizer([text for text, _ in answers], add_special_tokens=False)["input_ids"]
-    for prompt, body, (_, is_true) in zip(prompts, bodies, answers, strict=True):
-        yield prompt, list(body), is_true
+    drawn = _ids(tokenizer, [draw_answer(question, settings, rng)[0] for question in questions])
+    right = _ids(tokenizer, [write_answer(q.problem, q.group, q.problem.totals) for q in questions])
+    yield from zip(prompts, drawn, right, strict=True)
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _policy_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
@@ -171,13 +191,14 @@ def _policy_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
 
 
 def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
-    end = tokenizer.eos_token_id
     examples = []
-    for prompt, body, is_true in _draw_pool(tokenizer, settings, rng):
+    for prompt, body, right in _draw_pool(tokenizer, settings, rng):
         is_cut = rng.random() < settings.truncated_share
         shown = body[: rng.randint(1, len(body))] if is_cut else body
-        labels = (*[IGNORED] * len(prompt), *[int(is_true)] * (len(shown) + 1))
-        examples.append(Example((*prompt, *shown, end), labels))
+        n_right = next((i for i, (a, b) in enumerate(zip(shown, right, strict=False)) if a != b), len(shown))
+        is_right = [int(place < n_right) for place in range(len(shown))]
+        labels = (*[IGNORED] * len(prompt), *is_right, is_right[-1])
+        examples.append(Example((*prompt, *shown, tokenizer.eos_token_id), labels))
     return examples
 
 
