@@ -62,8 +62,9 @@ def _print(report: Mapping[str, object]) -> None:
 
     r = cast(dict[str, float], report["rejection"])
     console.print(
-        f"\nSpeculative rejection: {r['cut']:.0f} of {r['candidates']:.0f} candidates cut early; {r['tokens_decoded']:.0f} "
-        f"tokens decoded, about {r['tokens_saved_estimate']:.0f} ({r['share_saved_estimate']:.0%}) saved (estimate)."
+        f"\nSpeculative rejection: {r['cut']:.0f} of {r['candidates']:.0f} candidates cut early; "
+        f"{r['tokens_decoded']:.0f} tokens decoded, about {r['tokens_saved_estimate']:.0f} "
+        f"({r['share_saved_estimate']:.0%}) saved (estimate)."
     )
     pairs = cast(dict[str, int], report["pairs_per_group"])
     console.print(f"Pairs: {', '.join(f'{group} {count}' for group, count in pairs.items())}.\n")
@@ -77,7 +78,8 @@ def _print(report: Mapping[str, object]) -> None:
     console.print(table(["group", "before", "after", "change"], changes))
     worst = cast(dict[str, object], report["worst_group"])
     console.print(
-        f"Worst group: {worst['group_before']} {worst['before']} before, {worst['group_after']} {worst['after']} after.\n"
+        f"Worst group: {worst['group_before']} {worst['before']} before, "
+        f"{worst['group_after']} {worst['after']} after.\n"
     )
     found = cast(dict[str, list[list[object]]], report["query"])
     console.print(f"winnow query {json.dumps(found['sql'])}", soft_wrap=True)

@@ -5,6 +5,8 @@ Outside a Prefect run (tests, library use) nothing is shown.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+from uuid import UUID
 
 from prefect.artifacts import (
     create_markdown_artifact,
@@ -48,7 +50,7 @@ def progress(label: str) -> Progress:
             for display in _displays:
                 display(label, done, total)
             if artifact_id is not None:
-                update_progress_artifact(artifact_id, float(percent))
+                update_progress_artifact(cast(UUID, artifact_id), float(percent))
 
     return update
 

@@ -72,7 +72,7 @@ def answer(step: Step, lake_root: str, which: Which) -> int:
     table = candidates_table(prompts_of(prompts), answers, f"{source}@{policy.content_hash[:12]}", config.seed)
     scored = scored_table(table, prompts, config, lake)
     writer.write(shard, _judged(scored, prompts, config))
-    return table.num_rows
+    return int(table.num_rows)
 
 
 @task(name="compare", persist_result=False)

@@ -31,7 +31,7 @@ def prepare(config: GenerateConfig, lake: Lake) -> Step:
 def count_shards(step: Step, lake_root: str) -> int:
     """How many shards the step has."""
     config = _config(step)
-    n_prompts = _prompts(step, Lake.open(lake_root)).num_rows
+    n_prompts = int(_prompts(step, Lake.open(lake_root)).num_rows)
     if n_prompts == 0:
         raise ConfigError(
             f"{config.prompts} has no training prompts; lower ingest.heldout_fraction or raise max_prompts"
@@ -65,7 +65,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
     table = candidates_table(prompts, answers, f"{config.model}@{policy.content_hash[:12]}", config.seed)
     writer.write(shard, table)
-    return table.num_rows
+    return int(table.num_rows)
 
 
 @task(name="publish-candidates", persist_result=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from prefect import task
+from pydantic import JsonValue
 
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
@@ -56,12 +57,12 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
     for split, rows in found.prompts.items():
         writer.write(Shard("prompts", split, 0, 1), to_table("prompts", rows))
     writer.write(Shard("rejected", "train", 0, 1), to_table("rejected", found.rejected))
-    stats = {
+    stats: dict[str, JsonValue] = {
         "rows": found.n_rows,
         "prompts": len(found.prompts["train"]),
         "heldout": len(found.prompts["test"]),
-        "rejected": dict(Counter(str(row["reason"]) for row in found.rejected)),
-        "over_limit": dict(found.n_over_limit),
+        "rejected": dict[str, JsonValue](Counter(str(row["reason"]) for row in found.rejected)),
+        "over_limit": dict[str, JsonValue](found.n_over_limit),
     }
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, _per_group(found))

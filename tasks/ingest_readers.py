@@ -1,6 +1,7 @@
 """Reading raw prompt rows: JSONL, Parquet, CSV, a `datasets` folder or hub name, the starter's own prompts.
 
-A reader yields (row number from 1, row) or (row number, Unreadable). A source that cannot be read at all is an InputError.
+A reader yields (row number from 1, row) or (row number, Unreadable); a source that cannot be read at all is an
+InputError.
 """
 
 import csv

@@ -32,7 +32,7 @@ def candidates_table(
     prompts: "Sequence[Prompt]", answers: "Sequence[Sequence[Candidate]]", generator: str, seed: int
 ) -> pa.Table:
     """Candidates of several prompts as a table without scores."""
-    rows = [
+    rows: list[dict[str, object]] = [
         {
             "prompt_id": c.prompt_id,
             "group": prompt.group,

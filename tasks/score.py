@@ -45,7 +45,7 @@ def score_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     prompts = lake.read_table(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
     scored = scored_table(candidates, prompts, config, lake)
     writer.write(shard, scored)
-    return scored.num_rows
+    return int(scored.num_rows)
 
 
 @task(name="publish-scores", persist_result=False)

@@ -1,4 +1,4 @@
-"""Parameters of every stage. The same models are read from TOML, shown in Prefect's run form and stored with each version.
+"""Parameters of every stage: read from TOML, shown in Prefect's run form and stored with each version.
 
 Every field goes into the fingerprint of its stage: changing one makes a new version.
 """

@@ -39,7 +39,7 @@ class StarterSettings:
     slip_rate: float = 0.07
     style_rate: float = 0.72
     policy_tokens: int = 10_000_000
-    reward_tokens: int = 5_000_000
+    reward_tokens: int = 3_000_000
     batch_tokens: int = 4096
     policy_learning_rate: float = 3e-3
     reward_learning_rate: float = 1e-3

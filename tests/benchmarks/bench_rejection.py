@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/benchmarks/bench_rejection.py [--prompts 24] [--n 16 64] [--device cuda]
 
-Both arms run the same engine in the same process, alternating; noise is keyed by candidate, so the rows that survive are
-the same rows. Prints a table and writes bench-results/rejection.json.
+Both arms run the same engine in the same process, alternating; noise is keyed by candidate, so the rows that survive
+are the same rows. Prints a table and writes bench-results/rejection.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from runtime.alignment.losses import PairLogps, answer_logps, dpo, sft
 
 

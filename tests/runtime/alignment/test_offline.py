@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from runtime.alignment.collate import PreferenceRow, collate, encode_pairs
 from runtime.alignment.offline import LoraSettings, OfflineConfig, train_offline
 from runtime.errors import InputError, ModelError
