@@ -13,6 +13,9 @@ CUTS = pa.list_(
     pa.struct([pa.field("n_tokens", pa.int32()), pa.field("score", pa.float64()), pa.field("kept", pa.bool_())])
 )
 
+# A list, not a map: `datasets` cannot load Arrow maps.
+SCORES = pa.list_(pa.struct([pa.field("scorer", pa.string()), pa.field("value", pa.float64())]))
+
 PROMPTS = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -35,7 +38,7 @@ CANDIDATES = pa.schema(
         pa.field("cut_at_token", pa.int32()),
         pa.field("cuts", CUTS, nullable=False),
         pa.field("score", pa.float64()),
-        pa.field("scores", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("scores", SCORES, nullable=False),
         pa.field("generator", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),

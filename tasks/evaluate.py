@@ -21,7 +21,7 @@ from tasks.models import (
     use_threads,
 )
 from tasks.retries import retry_unless_user_error
-from tasks.rows import candidates_table, prompts_of, rows_of
+from tasks.rows import add_score, candidates_table, prompts_of, rows_of, scores_of
 from tasks.score import scored_table
 from tasks.settings import EvaluateConfig
 from tasks.versions import Step, pin
@@ -105,8 +105,8 @@ def measure(which: Which, answers: pa.Table) -> list[dict[str, object]]:
             "errors": [float(row["status"] == "error") for row in chosen],
         }
         for row in chosen:
-            for name, value in cast(dict[str, float], row["scores"]).items():
-                values.setdefault(name, []).append(value)
+            for entry in scores_of(row):
+                values.setdefault(str(entry["scorer"]), []).append(cast(float, entry["value"]))
         found += [
             {"model": which, "group": group, "metric": name, "value": sum(each) / len(each), "n": len(each)}
             for name, each in values.items()
@@ -160,7 +160,7 @@ def _judged(answers: pa.Table, prompts: pa.Table, config: EvaluateConfig) -> pa.
     for row in rows:
         if row["status"] == "ok":
             verdict = float(rule(by_id[str(row["prompt_id"])], str(row["response"])))
-            row["scores"] = {**cast(dict[str, float], row["scores"]), "truth": verdict}
+            add_score(row, "truth", verdict)
     return to_table("candidates", rows)
 
 

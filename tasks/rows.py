@@ -44,7 +44,7 @@ def candidates_table(
             "cut_at_token": c.cut_at_token,
             "cuts": [{"n_tokens": cut.n_tokens, "score": cut.score, "kept": cut.kept} for cut in c.cuts],
             "score": None,
-            "scores": {},
+            "scores": [],
             "generator": generator,
             "seed": seed,
             "status": c.status,
@@ -57,5 +57,16 @@ def candidates_table(
 
 
 def rows_of(table: pa.Table) -> list[dict[str, object]]:
-    """A candidates table as dictionaries, maps included."""
-    return cast(list[dict[str, object]], table.to_pylist(maps_as_pydicts="strict"))
+    """A table as dictionaries."""
+    return cast(list[dict[str, object]], table.to_pylist())
+
+
+def add_score(row: dict[str, object], scorer: str, value: float) -> None:
+    """Put one scorer's value among the scores of a candidate, in place of an earlier one."""
+    others = [entry for entry in scores_of(row) if entry["scorer"] != scorer]
+    row["scores"] = [*others, {"scorer": scorer, "value": value}]
+
+
+def scores_of(row: Mapping[str, object]) -> list[dict[str, object]]:
+    """All scores of a candidate, as {scorer, value}."""
+    return cast(list[dict[str, object]], row["scores"])

@@ -13,7 +13,7 @@ from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.models import open_reward, reward_identity, use_threads
 from tasks.retries import retry_unless_user_error
-from tasks.rows import prompts_of, rows_of
+from tasks.rows import add_score, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
 from tasks.versions import Step, pin
 
@@ -80,7 +80,7 @@ def scored_table(candidates: pa.Table, prompts: pa.Table, config: RewardConfig, 
             row.update(status="error", error=score.error)
         else:
             row["score"] = score.value
-            row["scores"] = {**cast(dict[str, float], row["scores"]), reward.name: score.value}
+            add_score(row, reward.name, score.value)
     return to_table("candidates", rows)
 
 

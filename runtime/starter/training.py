@@ -20,6 +20,7 @@ from transformers import (
 from runtime.starter.problems import Question, draw_question, draw_style, draw_totals, write_answer
 
 IGNORED = -100
+IDENTITY_SCALE = 0.3  # small beside the embedding, so that the policy's normalisation hardly notices
 POOL_SIZE = 2048  # examples drawn at once, so that batches can be sorted by length
 Report = Callable[[str, int, float], None]  # (model, tokens seen, smoothed loss)
 
@@ -33,6 +34,7 @@ class StarterSettings:
     intermediate_size: int = 384
     n_layers: int = 8
     n_reward_layers: int = 2  # on top of the policy's
+    n_identity_channels: int = 64
     n_heads: int = 4
     n_kv_heads: int = 2
     max_length: int = 256
@@ -105,7 +107,7 @@ def train_reward(
     then in plain sight.
     """
     torch.manual_seed(settings.seed + 1)
-    model = _deepened(policy, tokenizer, settings)
+    model = _widened(policy, tokenizer, settings)
     rng = random.Random(f"reward {settings.seed}")
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
@@ -120,21 +122,38 @@ def train_reward(
     return model
 
 
-def _deepened(
+def _widened(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings
 ) -> LlamaForSequenceClassification:
-    """The policy's layers with a few new ones on top that at first change nothing.
+    """The policy, frozen, in a wider residual stream with new layers on top; only these are trained.
 
-    What the policy expects next is known only in its last layer; a layer above can compare it with what came.
+    A slip shows where a number differs from what the policy expected one token earlier. The policy knows that
+    expectation only in its last layer, and by then has forgotten the number itself. So the stream gets extra channels
+    that carry each token's identity past the policy's layers, which neither read nor write them; the layers above
+    compare the two.
     """
+    width, extra = settings.hidden_size, settings.n_identity_channels
     config = model_config(tokenizer, settings)
+    config.head_dim = width // settings.n_heads
+    config.hidden_size = width + extra
     config.num_hidden_layers += settings.n_reward_layers
     config.num_labels = 1
     model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
-    model.model.load_state_dict(policy.model.state_dict(), strict=False)
-    for layer in model.model.layers[settings.n_layers :]:
-        nn.init.zeros_(layer.self_attn.o_proj.weight)
-        nn.init.zeros_(layer.mlp.down_proj.weight)
+    state = model.state_dict()
+    for name, weight in policy.model.state_dict().items():
+        wide = state[f"model.{name}"]
+        is_kept = name.startswith(("layers.", "embed_tokens."))
+        if is_kept and wide.dim() == 2:
+            kept = wide[:, width:].clone() if name.startswith("embed_tokens.") else 0.0
+            wide.zero_()[: weight.shape[0], : weight.shape[1]] = weight
+            if name.startswith("embed_tokens."):
+                wide[:, width:] = kept * IDENTITY_SCALE * weight.std() / kept.std()
+        elif is_kept:  # the root mean square is taken over more channels now
+            wide[:width] = weight * math.sqrt(width / (width + extra))
+    model.load_state_dict(state)
+    new = range(settings.n_layers, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(("model.norm", "score", *(f"model.layers.{i}." for i in new)))
     return model
 
 

@@ -1,0 +1,36 @@
+"""Rows of the lake's tables with everything filled in, for tests to change."""
+
+
+def prompt(prompt_id: str = "p0", group: str = "child") -> dict[str, object]:
+    """A row of `prompts`."""
+    messages = [{"role": "user", "content": f"question {prompt_id}"}]
+    return {
+        "prompt_id": prompt_id,
+        "messages": messages,
+        "group": group,
+        "reference": None,
+        "source": "test",
+        "license": None,
+    }
+
+
+def candidate(prompt_id: str = "p0", index: int = 0, score: float | None = 0.0, **changes: object) -> dict[str, object]:
+    """A row of `candidates`."""
+    row: dict[str, object] = {
+        "prompt_id": prompt_id,
+        "group": "child",
+        "candidate_index": index,
+        "response": f"answer {index}",
+        "token_ids": [1, 2],
+        "n_tokens": 2,
+        "finish_reason": "eos",
+        "cut_at_token": None,
+        "cuts": [{"n_tokens": 1, "score": 0.5, "kept": True}],
+        "score": score,
+        "scores": [] if score is None else [{"scorer": "classifier", "value": score}],
+        "generator": "g",
+        "seed": 0,
+        "status": "ok",
+        "error": None,
+    }
+    return row | changes
