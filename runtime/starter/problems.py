@@ -114,13 +114,17 @@ def write_answer(problem: Problem, style: Group, totals: tuple[int, ...]) -> str
     return writer(problem, totals)
 
 
-def draw_totals(problem: Problem, slip_rate: float, rng: random.Random) -> tuple[int, ...]:
-    """Running totals in which each step slips with probability `slip_rate`; a slip is carried on."""
+def draw_totals(problem: Problem, slip_rate: float, rng: random.Random, any_number: bool = False) -> tuple[int, ...]:
+    """Running totals in which each step slips with probability `slip_rate`; a slip is carried on.
+
+    A slip is off by 1, 2 or 10; with `any_number` half of the slips are any number instead.
+    """
     totals, total = [], problem.start
     for step in problem.steps:
         total += step
         if rng.random() < slip_rate:
-            total += rng.choice(SLIPS)
+            is_any = any_number and rng.random() < 0.5
+            total = rng.randint(0, MAX_TOTAL) if is_any else total + rng.choice(SLIPS)
         total = min(max(total, 0), MAX_TOTAL)
         totals.append(total)
     return tuple(totals)

@@ -17,10 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from runtime.starter.problems import Question, draw_question, draw_style, draw_totals, write_answer
+from runtime.starter.problems import MAX_TOTAL, Question, draw_question, draw_style, draw_totals, write_answer
+from runtime.starter.reward_network import build_reward_network
 
 IGNORED = -100
-IDENTITY_SCALE = 0.3  # small beside the embedding, so that the policy's normalisation hardly notices
 POOL_SIZE = 2048  # examples drawn at once, so that batches can be sorted by length
 Report = Callable[[str, int, float], None]  # (model, tokens seen, smoothed loss)
 
@@ -33,18 +33,21 @@ class StarterSettings:
     hidden_size: int = 128
     intermediate_size: int = 384
     n_layers: int = 8
-    n_reward_layers: int = 2  # on top of the policy's
-    n_identity_channels: int = 64
+    n_reward_layers: int = 3  # on top of the policy's
     n_heads: int = 4
     n_kv_heads: int = 2
     max_length: int = 256
     slip_rate: float = 0.07
     style_rate: float = 0.72
     policy_tokens: int = 10_000_000
-    reward_tokens: int = 3_000_000
-    batch_tokens: int = 4096
+    reward_tokens: int = 2_000_000
+    policy_batch_tokens: int = 4096
+    reward_batch_tokens: int = 1024  # the comparison is found after some hundred steps, however large
     policy_learning_rate: float = 3e-3
-    reward_learning_rate: float = 1e-3
+    reward_learning_rate: float = 2e-3
+    # What the reward model is trained on: more slips, fewer foreign styles, half of the slips to any number.
+    reward_slip_rate: float = 0.15
+    reward_style_rate: float = 0.9
     truncated_share: float = 0.5
 
 
@@ -89,7 +92,7 @@ def train_policy(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
     pools = (_policy_pool(tokenizer, settings, rng) for _ in iter(int, 1))
     _train(
         model,
-        _batches(pools, tokenizer, settings, rng),
+        _batches(pools, tokenizer, settings.policy_batch_tokens, rng),
         loss,
         _Budget("policy", settings.policy_tokens, settings.policy_learning_rate),
         report,
@@ -107,7 +110,7 @@ def train_reward(
     then in plain sight.
     """
     torch.manual_seed(settings.seed + 1)
-    model = _widened(policy, tokenizer, settings)
+    model = _reward_network(policy, tokenizer, settings)
     rng = random.Random(f"reward {settings.seed}")
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
@@ -118,43 +121,18 @@ def train_reward(
 
     pools = (_reward_pool(tokenizer, settings, rng) for _ in iter(int, 1))
     budget = _Budget("reward", settings.reward_tokens, settings.reward_learning_rate)
-    _train(model, _batches(pools, tokenizer, settings, rng), loss, budget, report)
+    batches = _batches(pools, tokenizer, settings.reward_batch_tokens, rng)
+    _train(model, batches, loss, budget, report)
     return model
 
 
-def _widened(
+def _reward_network(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings
 ) -> LlamaForSequenceClassification:
-    """The policy, frozen, in a wider residual stream with new layers on top; only these are trained.
-
-    A slip shows where a number differs from what the policy expected one token earlier. The policy knows that
-    expectation only in its last layer, and by then has forgotten the number itself. So the stream gets extra channels
-    that carry each token's identity past the policy's layers, which neither read nor write them; the layers above
-    compare the two.
-    """
-    width, extra = settings.hidden_size, settings.n_identity_channels
-    config = model_config(tokenizer, settings)
-    config.head_dim = width // settings.n_heads
-    config.hidden_size = width + extra
-    config.num_hidden_layers += settings.n_reward_layers
-    config.num_labels = 1
-    model = LlamaForSequenceClassification(config)  # type: ignore[no-untyped-call]
-    state = model.state_dict()
-    for name, weight in policy.model.state_dict().items():
-        wide = state[f"model.{name}"]
-        is_kept = name.startswith(("layers.", "embed_tokens."))
-        if is_kept and wide.dim() == 2:
-            kept = wide[:, width:].clone() if name.startswith("embed_tokens.") else 0.0
-            wide.zero_()[: weight.shape[0], : weight.shape[1]] = weight
-            if name.startswith("embed_tokens."):
-                wide[:, width:] = kept * IDENTITY_SCALE * weight.std() / kept.std()
-        elif is_kept:  # the root mean square is taken over more channels now
-            wide[:width] = weight * math.sqrt(width / (width + extra))
-    model.load_state_dict(state)
-    new = range(settings.n_layers, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(("model.norm", "score", *(f"model.layers.{i}." for i in new)))
-    return model
+    numbers = [cast(int, tokenizer.convert_tokens_to_ids(f"\u2581{number}")) for number in range(MAX_TOTAL + 1)]
+    pool = _policy_pool(tokenizer, settings, random.Random(f"scale {settings.seed}"))
+    sample = _pad([example.ids for example in pool[:64]], cast(int, tokenizer.pad_token_id))
+    return build_reward_network(policy, settings.n_reward_layers, numbers, sample)
 
 
 def draw_answer(question: Question, settings: StarterSettings, rng: random.Random) -> tuple[str, bool]:
@@ -187,12 +165,12 @@ class _Budget:
 
 
 def _draw_pool(
-    tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random
+    tokenizer: PreTrainedTokenizerFast, draw: Callable[[Question], str], rng: random.Random
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """(prompt ids, answer ids, ids of the right answer) of POOL_SIZE fresh examples, without end tokens."""
     questions = [draw_question(rng, held_out=False) for _ in range(POOL_SIZE)]
     prompts = encode(tokenizer, [question.text for question in questions])
-    drawn = _ids(tokenizer, [draw_answer(question, settings, rng)[0] for question in questions])
+    drawn = _ids(tokenizer, [draw(question) for question in questions])
     right = _ids(tokenizer, [write_answer(q.problem, q.group, q.problem.totals) for q in questions])
     yield from zip(prompts, drawn, right, strict=True)
 
@@ -205,13 +183,18 @@ def _policy_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
     end = tokenizer.eos_token_id
     return [
         Example((*prompt, *body, end), (*[IGNORED] * len(prompt), *body, end))
-        for prompt, body, _ in _draw_pool(tokenizer, settings, rng)
+        for prompt, body, _ in _draw_pool(tokenizer, lambda q: draw_answer(q, settings, rng)[0], rng)
     ]
 
 
 def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
+    def draw(question: Question) -> str:
+        totals = draw_totals(question.problem, settings.reward_slip_rate, rng, any_number=True)
+        style = draw_style(question.group, settings.reward_style_rate, rng)
+        return write_answer(question.problem, style, totals)
+
     examples = []
-    for prompt, body, right in _draw_pool(tokenizer, settings, rng):
+    for prompt, body, right in _draw_pool(tokenizer, draw, rng):
         is_cut = rng.random() < settings.truncated_share
         shown = body[: rng.randint(1, len(body))] if is_cut else body
         n_right = next((i for i, (a, b) in enumerate(zip(shown, right, strict=False)) if a != b), len(shown))
@@ -222,15 +205,12 @@ def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, 
 
 
 def _batches(
-    pools: Iterator[list[Example]],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: StarterSettings,
-    rng: random.Random,
+    pools: Iterator[list[Example]], tokenizer: PreTrainedTokenizerFast, batch_tokens: int, rng: random.Random
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Right-padded (ids, labels) of about `batch_tokens` tokens, examples of like length together."""
     for pool in pools:
         pool.sort(key=lambda example: len(example.ids))
-        size = max(1, settings.batch_tokens * len(pool) // sum(len(example.ids) for example in pool))
+        size = max(1, batch_tokens * len(pool) // sum(len(example.ids) for example in pool))
         groups = [pool[start : start + size] for start in range(0, len(pool), size)]
         rng.shuffle(groups)
         for group in groups:
@@ -254,7 +234,11 @@ def _train(
 ) -> None:
     """AdamW with linear warm-up and cosine decay over the token budget, bf16 autocast, gradients clipped to 1."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=budget.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        [p for p in model.parameters() if p.requires_grad],
+        lr=budget.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        fused=True,
     )
     model.train()
     n_tokens, smoothed, n_steps = 0, math.nan, 0

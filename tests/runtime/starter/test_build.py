@@ -19,7 +19,8 @@ MINIATURE = StarterSettings(
     n_layers=2,
     policy_tokens=12_000,
     reward_tokens=8_000,
-    batch_tokens=1024,
+    policy_batch_tokens=1024,
+    reward_batch_tokens=512,
 )
 
 

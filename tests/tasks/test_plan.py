@@ -1,0 +1,131 @@
+"""Every field of every stage determines the version of that stage and of those after it, and of no other."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from storage.lake import Lake
+from tasks.errors import ConfigError
+from tasks.plan import STAGES, plan, steps
+from tasks.settings import PipelineConfig
+
+AFTER = {
+    "ingest": set(STAGES),
+    "generate": {"generate", "score", "assemble", "finetune", "evaluate", "export"},
+    "score": {"score", "assemble", "finetune", "evaluate", "export"},
+    "assemble": {"assemble", "finetune", "evaluate", "export"},
+    "finetune": {"finetune", "evaluate", "export"},
+    "evaluate": {"evaluate"},
+    "export": {"export"},
+}
+# Set by the pipeline itself, or with a single choice.
+CONNECTED = {"name", "prompts", "candidates", "preferences", "before", "after"}
+SINGLE_CHOICE = {("export", "format"), ("export", "model")}
+OTHERS: dict[str, object] = {
+    "format": "jsonl",
+    "messages_column": "turns",
+    "prompt_column": "text",
+    "system_prompt": "be brief",
+    "reference_column": "answer",
+    "group_column": "who",
+    "group_constant": "us",
+    "group_rules": ["a=b"],
+    "license": "mit",
+    "max_prompts": 5,
+    "max_heldout": 5,
+    "reward": "likelihood",
+    "prompt_format": "text",
+    "dtype": "bfloat16",
+    "device": "auto",
+    "cut_policy": "none",
+    "cut_tokens": [5, 9],
+    "cut_keep": [0.4, 0.4],
+    "top_p": 0.9,
+    "strategy": "best_vs_second",
+    "max_pairs_per_group": 3,
+    "method": "sft",
+    "lora": True,
+    "truth": "none",
+}
+
+
+def _versions(config: dict[str, object], lake: Lake) -> dict[str, str]:
+    return {stage: step.version for stage, step in steps(PipelineConfig.model_validate(config), lake).items()}
+
+
+def _fields() -> list[tuple[str, str]]:
+    fields = []
+    for stage in STAGES:
+        model = PipelineConfig.model_fields[stage].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        fields += [(stage, name) for name in model.model_fields if name not in CONNECTED]
+    return [field for field in fields if field not in SINGLE_CHOICE]
+
+
+def _flipped(stage: str, name: str, models: dict[str, str]) -> dict[str, object]:
+    if name == "reward_function":
+        return {"reward": "function", name: "runtime.starter.rule:truth"}
+    if name in OTHERS:
+        return {name: OTHERS[name]}
+    if name in models:
+        return {name: models[name]}
+    default = PipelineConfig().__getattribute__(stage).__getattribute__(name)
+    if isinstance(default, int | float):
+        return {name: default + 1 if isinstance(default, int) else default + 0.25}
+    raise AssertionError(f"{stage}.{name}: add another value to OTHERS")
+
+
+@pytest.mark.parametrize(("stage", "name"), _fields())
+def test_flipping_a_field_changes_its_stage_and_those_after_it_only(
+    stage: str, name: str, tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path
+) -> None:
+    source = tmp_path / "other.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    others = {"model": str(tiny_policy_dir), "reward_model": str(tiny_reward_dir), "source": str(source)}
+    others["dataset_split"] = "validation"
+    lake = Lake.open(str(tmp_path / "lake"))
+    base = {"evaluate": {"truth": "starter"}}
+    changed = {**base, stage: {**base.get(stage, {}), **_flipped(stage, name, others)}}
+    before, after = _versions(dict(base), lake), _versions(changed, lake)
+    moved = {each for each in STAGES if before[each] != after[each]}
+    assert moved == AFTER[stage]
+    assert not (tmp_path / "lake").exists()
+
+
+def test_changed_bytes_of_a_source_or_a_model_are_another_version(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    import shutil
+
+    source, model = tmp_path / "p.jsonl", tmp_path / "model"
+    source.write_text('{"prompt": "x"}\n')
+    shutil.copytree(tiny_policy_dir, model)
+    lake = Lake.open(str(tmp_path / "lake"))
+    config = {"ingest": {"source": str(source)}, "generate": {"model": str(model)}}
+    first = _versions(dict(config), lake)
+    source.write_text('{"prompt": "y"}\n')
+    assert _versions(dict(config), lake)["ingest"] != first["ingest"]
+    source.write_text('{"prompt": "x"}\n')
+    (model / "generation_config.json").write_text("{}")
+    second = _versions(dict(config), lake)
+    assert second["ingest"] == first["ingest"]
+    assert second["generate"] != first["generate"]
+
+
+def test_the_name_of_the_pipeline_moves_everything(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path / "lake"))
+    first, second = _versions({}, lake), _versions({"name": "other"}, lake)
+    assert all(first[stage] != second[stage] for stage in STAGES)
+
+
+def test_a_plan_knows_versions_and_bounds_before_anything_ran(tmp_path: Path) -> None:
+    plans = {p.stage: p for p in plan(PipelineConfig(), Lake.open(str(tmp_path / "lake")))}
+    assert not any(p.is_cached for p in plans.values())
+    assert plans["generate"].n_prompts is None
+    assert plans["generate"].kv_bytes == 2 * 8 * 2 * 32 * 4 * 128 * 256
+
+
+def test_an_input_that_the_pipeline_connects_itself_is_refused(tmp_path: Path) -> None:
+    config = PipelineConfig.model_validate({"generate": {"prompts": "prompts/x"}})
+    with pytest.raises(ConfigError, match='generate.prompts = "prompts/x": a pipeline connects its stages itself'):
+        steps(config, Lake.open(str(tmp_path / "lake")))
