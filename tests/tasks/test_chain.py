@@ -44,7 +44,15 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy_dir: Path, tiny
             "name": "tiny",
             "ingest": {"source": str(source), "heldout_fraction": 0.3},
             "generate": reward
-            | {"model": policy, "n": N, "max_new_tokens": 24, "cut_tokens": [4], "shard_prompts": 3, "max_rows": 16},
+            | {
+                "model": policy,
+                "n": N,
+                "max_new_tokens": 24,
+                "shard_prompts": 3,
+                "max_rows": 16,
+                "cut_tokens": [4],
+                "cut_keep": [0.5],
+            },
             "score": reward,
             "finetune": {"model": policy, "epochs": 1, "batch_size": 4, "threads": 1},
             "evaluate": reward | {"samples": 2, "max_new_tokens": 16, "truth": "none", "max_rows": 16},
