@@ -4,13 +4,18 @@ Every mistake of the user is one line on standard error with exit code 2; a trac
 """
 
 import sys
+from typing import cast
 
-import click
 import typer
 
 from flows import cli_demo, cli_lake, cli_run, cli_starter
 from flows.cli_options import messages
 from tasks.errors import USER_ERRORS
+
+# Wrong usage, whatever typer builds on: its errors share this base with the public BadParameter.
+USAGE_ERROR = cast(
+    type[Exception], next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,13 +33,13 @@ def main() -> None:
     """Run the command line and exit."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         code = stop.exit_code
-    except click.ClickException as error:
-        code = _fail(error.format_message())
+    except USAGE_ERROR as error:
+        code = _fail(str(cast(typer.BadParameter, error).format_message()))
     except USER_ERRORS as error:
         code = _fail(str(error))
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         messages().print("interrupted; finished shards are kept, run the same command to continue")
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -21,7 +21,8 @@ def prepare_prefect(verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         # Only the console is quiet: the run's own log, as the UI shows it, stays complete.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+        for handler in ("CONSOLE", "DEBUG"):
+            os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
     _check_server()
 
 
