@@ -20,6 +20,7 @@ DEMO: dict[str, object] = {
     "name": "demo",
     "ingest": {"source": "starter", "max_prompts": 160, "max_heldout": 160},
     "generate": {"n": 16},
+    "finetune": {"learning_rate": 4e-4, "epochs": 4, "beta": 0.05, "nll_weight": 20.0},
 }
 
 

@@ -175,6 +175,9 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = Field(
         0.0, title="Label smoothing", description="Assumed share of flipped pairs (dpo)", ge=0, lt=0.5
     )
+    nll_weight: float = Field(
+        0.0, title="NLL weight", description="Of the chosen answers' likelihood beside the pairwise loss (dpo)", ge=0
+    )
     learning_rate: float = Field(2e-4, title="Learning rate", description="Peak; linear warm-up, cosine decay", gt=0)
     epochs: int = Field(3, title="Epochs", description="Passes over the pairs", ge=1)
     batch_size: int = Field(16, title="Batch size", description="Pairs per step on the device", ge=1)

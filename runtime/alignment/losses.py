@@ -53,6 +53,15 @@ def sft(logps: Tensor, n_tokens: Tensor) -> Losses:
     return Losses(per_sample, {"logps/chosen": logps.detach()})
 
 
+def with_nll(losses: Losses, chosen: Tensor, n_tokens: Tensor, weight: float) -> Losses:
+    """A pairwise loss plus the chosen answer's negative log-likelihood per token (arXiv 2404.19733, eq. 1).
+
+    Keeps the chosen answer likely where a pairwise loss alone would lower both sides. chosen and n_tokens: (pairs,).
+    """
+    nll = sft(chosen, n_tokens).per_sample
+    return Losses(losses.per_sample + weight * nll, losses.metrics | {"nll": nll.detach()})
+
+
 def answer_logps(logits: Tensor, token_ids: Tensor, is_answer: Tensor) -> Tensor:
     """S of every row, in float32 at least. logits (rows, T, V); token_ids and is_answer (rows, T)."""
     scores = logits[:, :-1]

@@ -37,6 +37,7 @@ class OfflineConfig:
     method: Method = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    nll_weight: float = 0.0
     learning_rate: float = 1e-6
     epochs: int = 1
     batch_size: int = 8
@@ -158,6 +159,9 @@ class _OfflineTrainer(Trainer):
         if self.config.method == "dpo":
             reference = losses.PairLogps(inputs["reference_chosen"], inputs["reference_rejected"])
             found = losses.dpo(_halves(logps), reference, self.config.beta, self.config.label_smoothing)
+            if self.config.nll_weight:
+                n_tokens = batch.is_answer.sum(dim=-1).chunk(2)[0]
+                found = losses.with_nll(found, logps.chunk(2)[0], n_tokens, self.config.nll_weight)
         else:
             found = losses.sft(logps, batch.is_answer.sum(dim=-1))
         loss = found.per_sample.mean()

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from runtime.alignment.losses import PairLogps, answer_logps, dpo, sft
+from runtime.alignment.losses import PairLogps, answer_logps, dpo, sft, with_nll
 
 
 def _random_pairs(seed: int) -> tuple[PairLogps, PairLogps]:
@@ -40,6 +40,13 @@ def test_the_gradient_raises_chosen_and_lowers_rejected() -> None:
     dpo(PairLogps(chosen, rejected), reference, 0.1).per_sample.sum().backward()
     assert (chosen.grad < 0).all()
     assert (rejected.grad > 0).all()
+
+
+def test_the_likelihood_term_is_added_per_token() -> None:
+    policy, reference = _random_pairs(5)
+    plain, n_tokens = dpo(policy, reference, 0.1), torch.full((7,), 4)
+    found = with_nll(plain, policy.chosen, n_tokens, 3.0).per_sample
+    assert torch.allclose(found, plain.per_sample - 3.0 * policy.chosen / 4)
 
 
 def test_sft_is_the_mean_negative_log_likelihood_per_token() -> None:
