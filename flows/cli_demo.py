@@ -18,9 +18,9 @@ QUERY = (
 )
 DEMO: dict[str, object] = {
     "name": "demo",
-    "ingest": {"source": "starter", "max_prompts": 160, "max_heldout": 160},
+    "ingest": {"source": "starter", "max_prompts": 400, "max_heldout": 160},
     "generate": {"n": 16},
-    "finetune": {"learning_rate": 4e-4, "epochs": 4, "beta": 0.05, "nll_weight": 20.0},
+    "finetune": {"learning_rate": 4e-4, "epochs": 3, "beta": 0.05, "nll_weight": 20.0},
 }
 
 

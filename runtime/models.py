@@ -141,7 +141,7 @@ def _load(
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{source!r} has no *.safetensors file; save the model with save_pretrained")
     try:
-        with _quiet():
+        with quiet():
             found = model_class.from_pretrained(
                 folder,
                 dtype=_DTYPES[dtype],
@@ -164,7 +164,7 @@ def _load(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and loading reports: what matters in them becomes a ModelError."""
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

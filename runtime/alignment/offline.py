@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from runtime.alignment import losses
 from runtime.alignment.collate import Batch, EncodedPair, PreferenceRow, collate, encode_pairs
 from runtime.errors import InputError, ModelError
-from runtime.models import LoadedModel, PromptFormat
+from runtime.models import LoadedModel, PromptFormat, quiet
 from runtime.records import Progress
 
 Method = Literal["dpo", "sft"]
@@ -97,11 +97,12 @@ def train_offline(
         report.groups = _group_figures(trained, loaded, items, config)
     else:
         report.groups = {group: {"pairs": count} for group, count in Counter(p.group for p in pairs).items()}
-    if config.lora is not None:
-        trained.save_pretrained(output_dir / "adapter")
-        trained = cast(PreTrainedModel, cast(Any, trained).merge_and_unload())
-    trained.save_pretrained(output_dir)
-    loaded.tokenizer.save_pretrained(output_dir)
+    with quiet():
+        if config.lora is not None:
+            trained.save_pretrained(output_dir / "adapter")
+            trained = cast(PreTrainedModel, cast(Any, trained).merge_and_unload())
+        trained.save_pretrained(output_dir)
+        loaded.tokenizer.save_pretrained(output_dir)
     return report
 
 
