@@ -18,12 +18,17 @@ name = "killed"
 max_prompts = 12
 max_heldout = 6
 [generate]
+threads = 1
 n = 4
 shard_prompts = 3
 max_new_tokens = 96
+[score]
+threads = 1
 [finetune]
+threads = 1
 epochs = 1
 [evaluate]
+threads = 1
 samples = 2
 """
 
