@@ -1,6 +1,7 @@
 """The commands that run flows: one per stage, `run` for all of them, and `plan`, which runs nothing."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def ingest(
 ) -> None:
     """Prompts from JSONL, Parquet, CSV, a datasets folder or hub name, or the starter."""
     given = {"source": source, "group_column": group_column, "prompt_column": prompt_column}
-    shortcuts = [f"ingest.{key}={_quoted(value)}" for key, value in given.items() if value is not None]
+    shortcuts = [f"ingest.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     found = load_config(config, [*overrides(values, name), *shortcuts])
     _run_stage("ingest", found, lake, as_json, verbose)
 
@@ -195,9 +196,3 @@ def _flow(stage: str) -> "Flow[..., DatasetRef]":
 
 def _described(ref: DatasetRef, lake: str) -> dict[str, object]:
     return {"ref": str(ref), "uri": ref.uri, "stats": Lake.open(lake).manifest(ref).stats}
-
-
-def _quoted(value: str) -> str:
-    import json
-
-    return json.dumps(value)

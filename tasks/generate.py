@@ -13,7 +13,7 @@ from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.retries import retry_unless_user_error
-from tasks.rows import candidates_table, prompts_of
+from tasks.rows import candidates_table, gather_candidates, prompts_of
 from tasks.settings import GenerateConfig
 from tasks.versions import Step, pin
 
@@ -72,10 +72,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
 def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version."""
     writer = step.writer(Lake.open(lake_root))
-    shards = [Shard("candidates", "train", index, count) for index in range(count)]
-    missing = [shard.path for shard in shards if not writer.has(shard)]
-    assert not missing, missing
-    table = pa.concat_tables([writer.read(shard) for shard in shards])
+    table = gather_candidates(writer, count)
     stats, groups = summarise(table)
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, groups)

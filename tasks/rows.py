@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 import pyarrow as pa
 
 from storage.schema import to_table
+from storage.writer import Shard, VersionWriter
 
 if TYPE_CHECKING:
     from runtime.records import Candidate, Message, Prompt
@@ -54,6 +55,14 @@ def candidates_table(
         for c in candidates
     ]
     return to_table("candidates", rows)
+
+
+def gather_candidates(writer: VersionWriter, count: int) -> pa.Table:
+    """All training shards of a version that is being written; every one of them must be there."""
+    shards = [Shard("candidates", "train", index, count) for index in range(count)]
+    missing = [shard.path for shard in shards if not writer.has(shard)]
+    assert not missing, missing
+    return pa.concat_tables([writer.read(shard) for shard in shards])
 
 
 def rows_of(table: pa.Table) -> list[dict[str, object]]:

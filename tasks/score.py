@@ -13,7 +13,7 @@ from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.models import open_reward, reward_identity, use_threads
 from tasks.retries import retry_unless_user_error
-from tasks.rows import add_score, prompts_of, rows_of
+from tasks.rows import add_score, gather_candidates, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
 from tasks.versions import Step, pin
 
@@ -53,10 +53,7 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version; refuses scores that say nothing."""
     lake = Lake.open(lake_root)
     writer = step.writer(lake)
-    shards = [Shard("candidates", "train", index, count) for index in range(count)]
-    missing = [shard.path for shard in shards if not writer.has(shard)]
-    assert not missing, missing
-    table = pa.concat_tables([writer.read(shard) for shard in shards])
+    table = gather_candidates(writer, count)
     stats, groups = summarise(table)
     if cast(int, stats["scored"]) > 1 and stats["spread"] == 0:
         raise ConfigError(f"all {stats['scored']} answers have the score {stats['mean_score']}; choose another reward")
