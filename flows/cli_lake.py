@@ -1,6 +1,7 @@
 """The commands that read the lake; they need neither torch nor Prefect."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ MAIN_TABLES = ("preferences", "candidates", "prompts")
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this module into `app`."""
     app.command("query")(query)
+    app.command("catalog")(catalog)
     app.command("datasets")(datasets)
     app.command("show")(show)
 
@@ -32,6 +34,21 @@ def query(
         emit({"columns": result.columns, "rows": [list(row) for row in result.rows]})
     elif result.columns:
         output().print(table(result.columns, result.rows))
+
+
+def catalog(
+    file: Annotated[Path, typer.Argument(help="The DuckDB file to write; an older one is replaced.")],
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+) -> None:
+    """A DuckDB file with the lake's views, for other tools; versions made later need a new one."""
+    from storage.catalog import VIEWS, write_catalog
+
+    write_catalog(Lake.open(lake), file)
+    if as_json:
+        emit({"catalog": str(file.absolute()), "views": list(VIEWS)})
+    else:
+        output().print(f"{file}: views {', '.join(VIEWS)}")
 
 
 def datasets(lake: LakeOption = DEFAULT_LAKE, as_json: JsonOption = False) -> None:

@@ -1,16 +1,17 @@
 """The lake: immutable versions under `<root>/<kind>/<name>/<version>/`, visible from the moment of their manifest."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from storage.errors import LakeError, RefError
 from storage.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
 from storage.objects import ObjectStore, open_store
-from storage.refs import KINDS, DatasetRef, check_name, fingerprint, parse_ref
+from storage.refs import KINDS, DatasetRef, check_name, check_version, fingerprint, parse_ref
 from storage.schema import TABLES
+from storage.shards import decode
 from storage.writer import VersionWriter
 
 __all__ = ["KINDS", "DatasetRef", "FileEntry", "Lake", "Manifest", "VersionWriter", "fingerprint"]
@@ -35,6 +36,7 @@ class Lake:
     def ref(self, kind: str, name: str, version: str) -> DatasetRef:
         """The reference of a version, whether it exists or not."""
         check_name(kind, name, f"{kind}/{name}")
+        check_version(version, f"{kind}/{name}@{version}")
         return DatasetRef(kind, name, version, self.store.uri(f"{kind}/{name}/{version}"))
 
     def find(self, kind: str, name: str, version: str | None = None) -> DatasetRef | None:
@@ -72,17 +74,21 @@ class Lake:
         return sorted(found, key=lambda manifest: (manifest.created_at, manifest.version))
 
     def iter_shards(self, ref: DatasetRef, table: str, split: str | None = None) -> Iterator[pa.Table]:
-        """The shards of a table, one by one, in order."""
+        """The shards of a table, one by one, in order; LakeError for one that is not what the manifest lists."""
+        fix = "remove that version and run again"
         for file in self.manifest(ref).shards(table, split):
-            with self.store.open(f"{ref.prefix}/{file.path}") as source:
-                try:
-                    yield pq.read_table(source, partitioning=None)
-                except pa.ArrowInvalid as error:
-                    raise LakeError(f"{ref}: {file.path} is damaged; remove that version and run again") from error
+            data = self.store.read(f"{ref.prefix}/{file.path}")
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise LakeError(f"{ref}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
+            yield decode(table, data, f"{ref}: {file.path}", fix)
 
-    def read_table(self, ref: DatasetRef, table: str, split: str | None = None) -> pa.Table:
-        """A whole table of a version; empty when the version has no such shard."""
-        return pa.concat_tables([TABLES[table].empty_table(), *self.iter_shards(ref, table, split)])
+    def read_table(
+        self, ref: DatasetRef, table: str, split: str | None = None, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """A whole table of a version, or some of its columns; empty when the version has no such shard."""
+        chosen = TABLES[table].names if columns is None else list(columns)
+        shards = [shard.select(chosen) for shard in self.iter_shards(ref, table, split)]
+        return pa.concat_tables([TABLES[table].empty_table().select(chosen), *shards])
 
     def folder(self, ref: DatasetRef, prefix: str) -> Path:
         """Local folder of a version's plain files, such as a model."""

@@ -3,10 +3,11 @@
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from storage.errors import LakeError
 from storage.refs import DatasetRef
+from storage.schema import SCHEMA_VERSION
 
 FILE_NAME = "manifest.json"
 
@@ -26,7 +27,9 @@ class FileEntry(BaseModel):
     @field_validator("path")
     @classmethod
     def _stays_inside(cls, path: str) -> str:
-        if not path or path.startswith("/") or ".." in PurePosixPath(path).parts or "\\" in path:
+        parts = PurePosixPath(path).parts
+        is_plain = path.isprintable() and "\\" not in path and "/".join(parts) == path
+        if not parts or not is_plain or ".." in parts or path.startswith("/"):
             raise ValueError(f'path "{path}" leads out of the version')
         return path
 
@@ -40,7 +43,7 @@ class Manifest(BaseModel):
     name: str
     version: str
     stage: str
-    created_at: datetime
+    created_at: AwareDatetime
     schema_version: int
     config: dict[str, JsonValue]
     inputs: dict[str, str]
@@ -69,6 +72,8 @@ def parse_manifest(data: bytes, ref: DatasetRef) -> Manifest:
         raise LakeError(f"the manifest of {ref} is damaged ({place}: {first['msg']}); remove that version") from error
     if (manifest.kind, manifest.name, manifest.version) != (ref.kind, ref.name, ref.version):
         raise LakeError(f"the manifest of {ref} says it is {manifest.label}; remove that version")
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise LakeError(f"{ref} was written by a newer Winnow (schema {manifest.schema_version}); update this one")
     return manifest
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
@@ -50,6 +50,8 @@ class ObjectStore(Protocol):
 
 def open_store(root: str) -> ObjectStore:
     """The store behind a lake's root; raises LakeError for a root that is a file or not supported."""
+    if not root.strip():
+        raise LakeError('lake "": the path is empty; give a folder such as ./lake')
     if "://" in root:
         raise LakeError(f'lake "{root}": only local folders are supported; give a folder such as ./lake')
     path = Path(root).expanduser().absolute()
@@ -83,16 +85,23 @@ class LocalStore:
         target = self._path(key)
         with self._temporary() as temporary:
             shutil.copyfile(source, temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
 
     def read(self, key: str) -> bytes:
         """See ObjectStore."""
-        return self._path(key).read_bytes()
+        with self.open(key) as file:
+            return file.read()
 
     def open(self, key: str) -> BinaryIO:
         """See ObjectStore."""
-        return self._path(key).open("rb")
+        path = self._path(key)
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise LakeError(f'"{path}" cannot be read ({error.strerror}); the lake is damaged there') from error
 
     def exists(self, key: str) -> bool:
         """See ObjectStore."""
@@ -132,9 +141,12 @@ class LocalStore:
                 ) from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise LakeError(f'the lake in "{self.root}" cannot be written; check its permissions') from error
-            raise
+            reason = f"{error.strerror}: {error.filename}"
+            raise LakeError(f'the lake in "{self.root}" cannot be written ({reason}); check that path') from error
         finally:
-            path.unlink(missing_ok=True)
+            # On a disk that became read-only even this fails, and must not hide the error that says so.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -29,7 +29,8 @@ class PairResult:
     rejected: pa.Table
 
 
-# Only finished answers take part: truncated text is neither a fair winner nor a fair loser.
+# Only finished answers take part: truncated text is neither a fair winner nor a fair loser. NaN would win every
+# comparison, so a score that is not a finite number counts as none.
 _USABLE = """
 CREATE TEMP TABLE usable AS
 SELECT c.prompt_id, c."group", c.candidate_index, c.response, c.score,
@@ -37,7 +38,7 @@ SELECT c.prompt_id, c."group", c.candidate_index, c.response, c.score,
        COUNT(*) OVER (PARTITION BY c.prompt_id) AS n_usable,
        md5(concat_ws(':', $seed, c.prompt_id, c.candidate_index)) AS draw
 FROM candidates AS c
-WHERE c.status = 'ok' AND c.score IS NOT NULL AND c.finish_reason IN ('eos', 'length')
+WHERE c.status = 'ok' AND isfinite(c.score) AND c.finish_reason IN ('eos', 'length')
 """
 
 # The order in which the runners-up are considered; the first of them is the rejected answer.
@@ -59,7 +60,8 @@ judged AS (
     SELECT i.prompt_id, i."group", b.candidate_index AS chosen_index, o.candidate_index AS rejected_index,
            b.response AS chosen, o.response AS rejected, b.score AS score_chosen, o.score AS score_rejected,
            b.score - o.score AS score_margin, coalesce(b.n_usable, 0) AS n_usable,
-           CASE WHEN o.score IS NULL THEN 'too_few_candidates'
+           CASE WHEN i.prompt_id NOT IN (SELECT prompt_id FROM prompts) THEN 'unknown_prompt'
+                WHEN o.score IS NULL THEN 'too_few_candidates'
                 WHEN b.score = o.score THEN 'tie'
                 WHEN b.response = o.response THEN 'duplicate_response'
                 WHEN NOT b.score - o.score > $min_margin THEN 'margin'
@@ -92,6 +94,7 @@ SELECT 'assemble' AS stage, NULL::BIGINT AS "row", prompt_id, "group", coalesce(
            WHEN 'too_few_candidates' THEN concat(n_usable, ' finished and scored candidates; a pair needs 2')
            WHEN 'margin' THEN concat('margin ', round(score_margin, 6), ' is not above ', $min_margin)
            WHEN 'quota' THEN concat('the group has ', $quota, ' pairs already')
+           WHEN 'unknown_prompt' THEN 'the prompts have no such prompt_id'
            WHEN 'tie' THEN concat('both score ', score_chosen)
            ELSE 'both answers have the same text'
        END AS detail

@@ -36,8 +36,8 @@ def parse_ref(text: str) -> tuple[str, str, str | None]:
     head, _, version = text.partition("@")
     kind, _, name = head.partition("/")
     check_name(kind, name, text)
-    if "@" in text and not _VERSION.fullmatch(version):
-        raise RefError(f'reference "{text}": a version has 12 hexadecimal digits; see `winnow datasets`')
+    if "@" in text:
+        check_version(version, text)
     return kind, name, version or None
 
 
@@ -47,6 +47,12 @@ def check_name(kind: str, name: str, shown: str) -> None:
         raise RefError(f'reference "{shown}": write kind/name, with a kind out of {", ".join(KINDS)}')
     if not _NAME.fullmatch(name):
         raise RefError(f'reference "{shown}": a name has 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit')
+
+
+def check_version(version: str, shown: str) -> None:
+    """Raise RefError unless the version has the form of one."""
+    if not _VERSION.fullmatch(version):
+        raise RefError(f'reference "{shown}": a version has 12 hexadecimal digits; see `winnow datasets`')
 
 
 def fingerprint(payload: Mapping[str, object]) -> str:

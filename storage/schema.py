@@ -109,7 +109,10 @@ def to_table(table: str, rows: Sequence[Mapping[str, object]]) -> pa.Table:
     for field in schema:
         try:
             columns.append(pa.array([row[field.name] for row in rows], type=field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            if pa.types.is_integer(field.type):
+                _refuse_fractions(table, field, rows)
+        # ValueError covers text that is no Unicode (lone surrogates).
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise SchemaError(f'{table}: column "{field.name}" must be {field.type}: {error}') from error
     return checked(table, pa.Table.from_arrays(columns, schema=schema))
 
@@ -125,5 +128,13 @@ def checked(table: str, data: pa.Table) -> pa.Table:
             raise SchemaError(f'{table}: column "{field.name}" has {data[field.name].null_count} empty values')
     try:
         return data.select(schema.names).cast(schema)
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise SchemaError(f"{table}: {error}") from error
+
+
+def _refuse_fractions(table: str, field: pa.Field, rows: Sequence[Mapping[str, object]]) -> None:
+    # PyArrow cuts 1.5 down to 1 without a word.
+    for row in rows:
+        value = row[field.name]
+        if isinstance(value, float):
+            raise SchemaError(f'{table}: column "{field.name}" must be {field.type}, not {value}')

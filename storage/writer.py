@@ -1,13 +1,11 @@
 """Writing a version: shards first, each create-only and whole, then the card, then the manifest."""
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import JsonValue
 
 from storage.card import render_card
@@ -15,24 +13,12 @@ from storage.errors import LakeError
 from storage.manifest import FILE_NAME, FileEntry, Manifest, now
 from storage.objects import ObjectStore
 from storage.refs import DatasetRef
-from storage.schema import SCHEMA_VERSION, TABLES, checked
+from storage.schema import SCHEMA_VERSION
+from storage.shards import Shard, decode, encode
 
-ROW_GROUP_ROWS = 10_000
+__all__ = ["Provenance", "Shard", "VersionWriter"]
 
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The place of a shard: `<table>/<split>-<index>-of-<count>.parquet`."""
-
-    table: str
-    split: str
-    index: int
-    count: int
-
-    @property
-    def path(self) -> str:
-        """Path inside the version."""
-        return f"{self.table}/{self.split}-{self.index:05d}-of-{self.count:05d}.parquet"
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +40,35 @@ class VersionWriter:
     ref: DatasetRef
     files: dict[str, FileEntry] = field(default_factory=dict)
 
-    def has(self, shard: Shard) -> bool:
-        """Whether the shard is there already, whole and under the right schema; it is then part of the version."""
+    def find(self, shard: Shard) -> pa.Table | None:
+        """The rows of a shard that is there already, whole and under the right schema: part of the version now."""
         key = f"{self.ref.prefix}/{shard.path}"
         if not self.store.exists(key):
-            return False
+            return None
         data = self.store.read(key)
-        try:
-            found = pq.read_table(io.BytesIO(data), partitioning=None)
-        except pa.ArrowInvalid as error:
-            raise LakeError(f"shard {self.store.uri(key)} is damaged; delete that file and run again") from error
-        if not found.schema.equals(TABLES[shard.table]):
-            raise LakeError(f"shard {self.store.uri(key)} has another schema; delete that file and run again")
-        self._add(shard, data, found.num_rows)
-        return True
+        rows = self._decode(shard, data)
+        self._add(shard, data, rows.num_rows)
+        return rows
 
-    def read(self, shard: Shard) -> pa.Table:
-        """A shard that is there already."""
-        data = self.store.read(f"{self.ref.prefix}/{shard.path}")
-        return pq.read_table(io.BytesIO(data), partitioning=None)
+    def has(self, shard: Shard) -> bool:
+        """Whether the shard is there already; it is then part of the version."""
+        return self.find(shard) is not None
 
     def write(self, shard: Shard, data: pa.Table) -> None:
         """Write a shard under its final name; when another writer was faster, its (equal) shard is taken."""
-        encoded = _encode(checked(shard.table, data))
+        encoded = encode(shard.table, data)
         if self.store.create(f"{self.ref.prefix}/{shard.path}", encoded):
             self._add(shard, encoded, data.num_rows)
         else:
             self.has(shard)
 
     def add_tree(self, folder: Path, prefix: str, patterns: Sequence[str] = ("*",)) -> None:
-        """Take over the files of a local folder and its subfolders that match a pattern, under `prefix`."""
+        """Take over the files of a local folder and its subfolders that match a pattern, under `prefix`.
+
+        Files that a killed run left are replaced; those of a published version are never touched.
+        """
+        if self._is_published():
+            return
         found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
         for path in sorted(found):
             inside = f"{prefix}/{path.relative_to(folder).as_posix()}"
@@ -93,7 +78,13 @@ class VersionWriter:
             self.files[inside] = FileEntry(path=inside, sha256=digest, size_bytes=path.stat().st_size)
 
     def commit(self, provenance: Provenance) -> DatasetRef:
-        """Publish: the card, then the manifest, create-only. When another writer was faster, its version stands."""
+        """Publish: the card, then the manifest, create-only. When another writer was faster, its version stands.
+
+        LakeError when another writer has replaced plain files of this one meanwhile (shards cannot be replaced).
+        """
+        if self._is_published():
+            return self.ref
+        self._check_plain_files()
         manifest = Manifest(
             kind=self.ref.kind,
             name=self.ref.name,
@@ -111,6 +102,23 @@ class VersionWriter:
         self.store.create(f"{self.ref.prefix}/{FILE_NAME}", manifest.model_dump_json(indent=2).encode())
         return self.ref
 
+    def _is_published(self) -> bool:
+        return self.store.exists(f"{self.ref.prefix}/{FILE_NAME}")
+
+    def _check_plain_files(self) -> None:
+        for file in self.files.values():
+            if file.table is None:
+                digest = hashlib.sha256()
+                with self.store.open(f"{self.ref.prefix}/{file.path}") as stored:
+                    while chunk := stored.read(CHUNK_BYTES):
+                        digest.update(chunk)
+                if digest.hexdigest() != file.sha256:
+                    raise LakeError(f"{self.ref}: another run writes {file.path} too; wait for it, then run again")
+
+    def _decode(self, shard: Shard, data: bytes) -> pa.Table:
+        shown = f"shard {self.store.uri(f'{self.ref.prefix}/{shard.path}')}"
+        return decode(shard.table, data, shown, "delete that file and run again")
+
     def _add(self, shard: Shard, data: bytes, n_rows: int) -> None:
         self.files[shard.path] = FileEntry(
             path=shard.path,
@@ -120,9 +128,3 @@ class VersionWriter:
             table=shard.table,
             split=shard.split,
         )
-
-
-def _encode(data: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(data, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS, write_page_index=True)
-    return sink.getvalue()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.shards import read_parquet
 from tasks.errors import InputError
 from tasks.settings import STARTER, IngestConfig
 from tasks.versions import digest_file
@@ -113,11 +114,10 @@ def _read_csv(data: bytes, path: Path) -> Iterator[RawRow]:
 
 def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+        rows = read_parquet(data).to_pylist()
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f'source "{path}" is not a readable Parquet file: {reason}') from error
     yield from enumerate(rows, start=1)

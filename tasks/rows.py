@@ -59,10 +59,10 @@ def candidates_table(
 
 def gather_candidates(writer: VersionWriter, count: int) -> pa.Table:
     """All training shards of a version that is being written; every one of them must be there."""
-    shards = [Shard("candidates", "train", index, count) for index in range(count)]
-    missing = [shard.path for shard in shards if not writer.has(shard)]
-    assert not missing, missing
-    return pa.concat_tables([writer.read(shard) for shard in shards])
+    found = {index: writer.find(Shard("candidates", "train", index, count)) for index in range(count)}
+    missing = [index for index, rows in found.items() if rows is None]
+    assert not missing, f"shards {missing} of {count}"
+    return pa.concat_tables(rows for rows in found.values() if rows is not None)
 
 
 def rows_of(table: pa.Table) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -16,7 +17,7 @@ __all__ = ["config", "lake"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("ingest", "generate", "score", "assemble", "finetune", "evaluate", "export")
-COMMANDS = ("demo", "run", *STAGES, "plan", "query", "datasets", "show", "starter build", "starter check")
+COMMANDS = ("demo", "run", *STAGES, "plan", "query", "catalog", "datasets", "show", "starter build", "starter check")
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +63,17 @@ def test_json_is_one_object_on_standard_output(lake: Lake, command: list[str]) -
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout), dict)
     assert done.stderr == ""
+
+
+def test_a_catalog_opens_in_duckdb_alone(lake: Lake, tmp_path: Path) -> None:
+    file = tmp_path / "lake.duckdb"
+    assert "preferences" in _run("catalog", str(file), "--lake", lake.root).stdout
+    with duckdb.connect(str(file), read_only=True) as connection:
+        rows = connection.execute("SELECT DISTINCT dataset FROM preferences").fetchall()
+    assert rows == [("tiny",)]
+    refused = _run("catalog", str(tmp_path / "missing" / "lake.duckdb"), "--lake", lake.root)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "give a file in a writable folder" in refused.stderr
 
 
 def test_tables_show_the_lake(lake: Lake) -> None:

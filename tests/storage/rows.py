@@ -1,5 +1,9 @@
 """Rows of the lake's tables with everything filled in, for tests to change."""
 
+from storage.lake import DatasetRef, Lake
+from storage.schema import to_table
+from storage.writer import Provenance, Shard
+
 
 def prompt(prompt_id: str = "p0", group: str = "child") -> dict[str, object]:
     """A row of `prompts`."""
@@ -34,3 +38,11 @@ def candidate(prompt_id: str = "p0", index: int = 0, score: float | None = 0.0, 
         "error": None,
     }
     return row | changes
+
+
+def publish_candidates(lake: Lake, version: str = "0123456789ab", n_rows: int = 3) -> DatasetRef:
+    """A version of candidates/demo with one shard of p0 to p<n_rows - 1>."""
+    writer = lake.writer("candidates", "demo", version)
+    rows = [candidate(f"p{i}", 0, float(i)) for i in range(n_rows)]
+    writer.write(Shard("candidates", "train", 0, 1), to_table("candidates", rows))
+    return writer.commit(Provenance("generate", {"n": 1}, {}, {}, "winnow"))

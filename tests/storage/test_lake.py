@@ -18,8 +18,9 @@ from tests.storage.rows import candidate, prompt
 GOLDEN = Path(__file__).parent / "golden_schemas.txt"
 VERSION = "0123456789ab"
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
 )
 
 

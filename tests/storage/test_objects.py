@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,55 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert not store.exists("a/b")
+
+
+def test_a_full_disk_during_an_upload_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "weights").write_text("x")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(DiskFullError, match="no space left for the lake"):
+        open_store(str(tmp_path / "lake")).upload("models/x", tmp_path / "weights")
+    assert [path for path in (tmp_path / "lake").rglob("*") if path.is_file()] == []
+
+
+def test_a_disk_that_became_read_only_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    store = open_store(str(tmp_path))
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(LakeError, match="cannot be written; check its permissions"):
+        store.create("a/b", b"x")
+
+
+def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "lake"))
+    store.create("prompts", b"x")
+    with pytest.raises(LakeError, match="cannot be written .*lake/prompts") as caught:
+        store.create("prompts/a/b", b"x")
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.create("a/b", b"x")
+    for key in ("a/c", "a"):
+        with pytest.raises(LakeError, match="cannot be read"):
+            store.read(key)
+
+
+def test_an_empty_lake_path_does_not_mean_the_current_folder() -> None:
+    with pytest.raises(LakeError, match="the path is empty"):
+        open_store("")
+
+
+def test_an_upload_replaces_the_whole_file(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "lake"))
+    for text in ("long first text", "second"):
+        (tmp_path / "source").write_text(text)
+        store.upload("models/x", tmp_path / "source")
+    assert store.read("models/x") == b"second"

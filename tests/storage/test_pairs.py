@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +36,7 @@ def _oracle(rows: list[tuple[Any, ...]], strategy: str, min_margin: float) -> tu
     return (ranked[0][1], other[1]) if margin > max(min_margin, 0) else None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(answers, min_size=1, max_size=5),
     st.sampled_from(["best_vs_worst", "best_vs_second"]),
@@ -96,3 +97,47 @@ def test_equal_texts_never_pair() -> None:
     rows = [candidate("p0", 0, 1.0, response="same"), candidate("p0", 1, 2.0, response="same")]
     result = build_pairs(to_table("candidates", rows), to_table("prompts", [prompt()]), PairRules())
     assert result.rejected["reason"].to_pylist() == ["duplicate_response"]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.one_of(scores, st.sampled_from([math.nan, math.inf, -math.inf])),
+                reasons,
+                st.sampled_from(["ok", "ok", "error"]),
+            ),
+            min_size=1,
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(["best_vs_worst", "best_vs_random", "best_vs_second"]),
+    st.sampled_from([None, 1]),
+)
+def test_every_prompt_gives_one_sound_pair_or_one_reason(
+    drawn: list[list[tuple[Any, ...]]], strategy: Any, quota: int | None
+) -> None:
+    candidates, prompts = _tables(drawn)
+    result = build_pairs(candidates, prompts.slice(1), PairRules(strategy, 0.5, quota))
+    pairs, dropped = result.preferences.to_pylist(), result.rejected.to_pylist()
+    assert sorted(row["prompt_id"] for row in pairs + dropped) == [f"p{i}" for i in range(len(drawn))]
+    assert next(row["reason"] for row in dropped if row["prompt_id"] == "p0") == "unknown_prompt"
+    for row in pairs:
+        rows = drawn[int(row["prompt_id"][1:])]
+        chosen, rejected = rows[row["chosen_index"]], rows[row["rejected_index"]]
+        assert {chosen[2], rejected[2]} == {"ok"}
+        assert "cut" not in (chosen[1], rejected[1])
+        assert 0.5 < row["score_margin"] == chosen[0] - rejected[0] < math.inf
+        assert chosen[0] == max(score for score, reason, status in rows if _is_usable(score, reason, status))
+
+
+def _is_usable(score: float | None, reason: str, status: str) -> bool:
+    return score is not None and math.isfinite(score) and reason != "cut" and status == "ok"
+
+
+def test_a_score_that_is_no_number_never_wins() -> None:
+    result = build_pairs(*_tables([[(1.0, "eos", "ok"), (math.nan, "eos", "ok"), (0.0, "eos", "ok")]]), PairRules())
+    assert [(row["chosen_index"], row["rejected_index"]) for row in result.preferences.to_pylist()] == [(0, 2)]
