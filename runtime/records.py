@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["eos", "length", "cut", "error"]
+FinishReason = Literal["eos", "stop", "length", "cut", "error"]
+FINISHED: tuple[FinishReason, ...] = ("eos", "stop", "length")
 Status = Literal["ok", "error"]
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -38,7 +39,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One sampled answer. `token_ids` include the end token when `finish_reason` is `eos`; `response` does not."""
+    """One sampled answer. `token_ids` include the end token or stop string that ended it; `response` does not."""
 
     prompt_id: str
     candidate_index: int

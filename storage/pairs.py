@@ -38,7 +38,7 @@ SELECT c.prompt_id, c."group", c.candidate_index, c.response, c.score,
        COUNT(*) OVER (PARTITION BY c.prompt_id) AS n_usable,
        md5(concat_ws(':', $seed, c.prompt_id, c.candidate_index)) AS draw
 FROM candidates AS c
-WHERE c.status = 'ok' AND isfinite(c.score) AND c.finish_reason IN ('eos', 'length')
+WHERE c.status = 'ok' AND isfinite(c.score) AND c.finish_reason IN ('eos', 'stop', 'length')
 """
 
 # The order in which the runners-up are considered; the first of them is the rejected answer.

@@ -7,6 +7,7 @@ import pyarrow as pa
 from prefect import task
 from pydantic import JsonValue
 
+from runtime.records import FINISHED
 from storage.lake import DatasetRef, Lake
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
@@ -59,9 +60,18 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
         cuts = CutSchedule(tuple(config.cut_tokens), tuple(config.cut_keep), config.contrast)
         reward = open_reward(config, lake)
     sampling = SamplingConfig(
-        config.n, config.temperature, config.top_k, config.top_p, config.max_new_tokens, config.seed
+        n=config.n,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        stop=tuple(config.stop),
     )
-    engine = Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format)
+    budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
+    engine = Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
     answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
     table = candidates_table(prompts, answers, f"{config.model}@{policy.content_hash[:12]}", config.seed)
     writer.write(shard, table)
@@ -88,7 +98,7 @@ def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cel
     columns = table.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
     finished: dict[str, list[int]] = {}
     for row in columns:
-        if row["finish_reason"] in ("eos", "length"):
+        if row["finish_reason"] in FINISHED:
             finished.setdefault(row["prompt_id"], []).append(row["n_tokens"])
     expected = {prompt_id: sum(lengths) / len(lengths) for prompt_id, lengths in finished.items()}
     groups = [

@@ -6,6 +6,7 @@ import pyarrow as pa
 from prefect import task
 from pydantic import JsonValue
 
+from runtime.records import FINISHED
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.writer import Shard
@@ -69,7 +70,7 @@ def scored_table(candidates: pa.Table, prompts: pa.Table, config: RewardConfig, 
     reward = open_reward(config, lake, batch_size)
     by_id = {prompt.prompt_id: prompt for prompt in prompts_of(prompts)}
     rows = rows_of(candidates)
-    finished = [row for row in rows if row["status"] == "ok" and row["finish_reason"] in ("eos", "length")]
+    finished = [row for row in rows if row["status"] == "ok" and row["finish_reason"] in FINISHED]
     asked = [by_id[str(row["prompt_id"])] for row in finished]
     scores = reward.score(asked, [str(row["response"]) for row in finished])
     for row, score in zip(finished, scores, strict=True):

@@ -112,6 +112,9 @@ class GenerateConfig(RewardConfig):
     temperature: float = Field(1.0, title="Temperature", description="0 is greedy", ge=0, le=10)
     top_k: int = Field(0, title="Top-k", description="0: off", ge=0)
     top_p: float = Field(1.0, title="Top-p", description="1: off", gt=0, le=1)
+    min_p: float = Field(0.0, title="Min-p", description="0: off; relative to the likeliest token", ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, title="Repetition penalty", description="1: off", gt=0, le=10)
+    stop: list[str] = Field([], title="Stop strings", description="An answer ends before the first of them")
     max_new_tokens: int = Field(128, title="New tokens", description="At most, per candidate", ge=1)
     seed: int = Field(0, title="Seed", description="Of the sampling noise", ge=0, lt=2**31)
     cut_policy: Literal["none", "schedule"] = Field(
@@ -127,6 +130,9 @@ class GenerateConfig(RewardConfig):
         1, title="Contrast", description="Losers of the first cut that still run to completion, for pairs", ge=0
     )
     max_rows: int = Field(128, title="Rows", description="Candidates decoded together", ge=1)
+    kv_budget_mb: int | None = Field(
+        None, title="KV budget", description="Megabytes for keys and values, the reward model's included", ge=1
+    )
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 
     @model_validator(mode="after")
@@ -139,6 +145,8 @@ class GenerateConfig(RewardConfig):
             )
         if self.cut_tokens != sorted(set(self.cut_tokens)) or any(n < 1 for n in self.cut_tokens):
             raise ValueError(f"cut_tokens = {self.cut_tokens} must be positive and rise")
+        if not all(self.stop):
+            raise ValueError("stop has an empty string; remove it")
         if any(not 0 < keep <= 1 for keep in self.cut_keep):
             raise ValueError(f"cut_keep = {self.cut_keep} must be above 0 and at most 1")
         return self

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from runtime.decoding.arena import Arena, ArenaShape
-from runtime.decoding.attention import ArenaPass, PrefillPass, StepPass, check_window, install
+from runtime.decoding.budget import Costs
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.rows import RowTable
-from runtime.decoding.sampling import SamplingConfig, sample
+from runtime.decoding.sampling import SamplingConfig, penalise, sample
 from runtime.decoding.scheduler import Job, Scheduler
-from runtime.errors import ConfigError, InputError, ModelError, PromptTooLong
+from runtime.errors import ConfigError, InputError, PromptTooLong
+from runtime.kv.arena import Arena, ArenaSize, KVShape
+from runtime.kv.attention import install, logits_of, run
+from runtime.kv.passes import PrefillPass, RowsPass
 from runtime.models import LoadedModel, PromptFormat, encode_prompt, stop_ids
 from runtime.records import Candidate, FinishReason, Progress, Prompt
 from runtime.rewards.protocol import Reward
@@ -32,14 +34,16 @@ class Engine:
         reward: Reward | None,
         max_rows: int,
         prompt_format: PromptFormat = "chat",
+        kv_budget: int | None = None,
     ) -> None:
+        """kv_budget: bytes that the keys and values of policy and reward may take together; None: no bound."""
         if sampling.n > max_rows:
             raise ConfigError(f"n = {sampling.n} exceeds max_rows = {max_rows}; raise max_rows or lower n")
         if cuts.tokens and reward is None:
             raise ConfigError(f"cuts at {list(cuts.tokens)} tokens need a reward; set one or use no cuts")
         install(policy.model)
         self.policy, self.sampling, self.cuts = policy, sampling, cuts
-        self.reward, self.max_rows, self.prompt_format = reward, max_rows, prompt_format
+        self.reward, self.max_rows, self.prompt_format, self.kv_budget = reward, max_rows, prompt_format, kv_budget
         n_vocabulary = int(policy.model.config.vocab_size)
         self.is_stop = torch.zeros(n_vocabulary, dtype=torch.bool, device=policy.model.device)
         self.is_stop[[token for token in stop_ids(policy) if token < n_vocabulary]] = True
@@ -51,16 +55,25 @@ class Engine:
         whole run are raised here, before anything is decoded.
         """
         jobs = [self._job(prompt) for prompt in prompts]
-        longest = max((len(job.prompt_ids) for job in jobs if job.prompt_ids), default=0)
-        n_slots = longest + self.sampling.max_new_tokens
-        check_window(self.policy.model.config, n_slots)
-        n_rows = min(self.max_rows, self.sampling.n * sum(1 for job in jobs if job.prompt_ids))
-        return _Run(self, jobs, n_rows, n_slots).results(on_progress)
+        return _Run(self, jobs, self._plan(jobs)).results(on_progress)
+
+    def _plan(self, jobs: Sequence[Job]) -> ArenaSize:
+        lengths = [len(job.prompt_ids) for job in jobs if not job.is_complete]
+        return self._costs().plan(lengths, self.max_rows)
+
+    def _costs(self) -> Costs:
+        model = self.policy.model
+        per_token = KVShape.of(model).n_bytes(1, model.dtype)
+        last_cut = max(self.cuts.tokens, default=0)
+        per_reward_token = self.reward.kv_bytes_per_token if self.reward is not None and last_cut else 0
+        n_survivors = self.cuts.n_survivors(self.sampling.n)
+        return Costs(self.sampling, n_survivors, per_token, per_reward_token, last_cut, self.kv_budget)
 
     def _job(self, prompt: Prompt) -> Job:
         try:
             token_ids = encode_prompt(self.policy.tokenizer, prompt.messages, self.prompt_format)
             self._check_length(len(token_ids))
+            self._costs().check(len(token_ids))
         except InputError as error:
             return Job.failed(prompt, self.sampling.n, str(error))
         return Job.of(prompt, token_ids, self.sampling.n, self.cuts)
@@ -78,19 +91,20 @@ class Engine:
 class _Run:
     """One call of `generate`."""
 
-    def __init__(self, engine: Engine, jobs: Sequence[Job], n_rows: int, n_slots: int) -> None:
+    def __init__(self, engine: Engine, jobs: Sequence[Job], size: ArenaSize) -> None:
         model = engine.policy.model
         self.engine, self.sampling, self.model = engine, engine.sampling, model
         self.n_jobs = len(jobs)
         self.scheduler = Scheduler(jobs)
-        self.arena = Arena(ArenaShape.of(model, n_rows, n_slots), model.dtype, model.device)
-        self.rows = RowTable(n_rows, self.sampling.max_new_tokens, model.device)
+        self.arena = Arena(KVShape.of(model), size, model.dtype, model.device)
+        n_seen = int(model.config.vocab_size) if self.sampling.repetition_penalty != 1 else 0
+        self.rows = RowTable(size.n_rows, self.sampling.max_new_tokens, n_seen, model.device)
 
     def results(self, on_progress: Progress | None) -> Iterator[list[Candidate]]:
         """The loop."""
         yield from self.scheduler.results()
         while self.scheduler.has_work:
-            jobs = self.scheduler.start_next(self.arena.n_free)
+            jobs = self.scheduler.start_next(self.arena.n_free_rows, self.arena.n_free_prompts)
             if jobs:
                 self._prefill(jobs)
             else:
@@ -103,72 +117,72 @@ class _Run:
     def _prefill(self, jobs: Sequence[Job]) -> None:
         """Run each prompt through the model once and sample the first token of each of its candidates."""
         n, device = self.sampling.n, self.model.device
-        first = self.arena.n_live
+        first_row, first_prompt = self.arena.n_rows, self.arena.n_prompts
         for job in jobs:
-            self.rows.add(job, self.arena.take(n), self.sampling.seed)
+            self.rows.add(job, self.arena.add(len(job.prompt_ids), n), self.sampling.seed)
             if self.engine.reward is not None and job.cuts.schedule.tokens:
                 job.session = self.engine.reward.start([job.prompt] * n)
             job.n_tokens = 1
-        rows = slice(first, self.arena.n_live)
         lengths = torch.tensor([len(job.prompt_ids) for job in jobs], device=device)
         padded = [torch.tensor(job.prompt_ids, device=device) for job in jobs]
         token_ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
-        positions = torch.arange(token_ids.shape[1], device=device)[None]
-        hidden = self._forward(token_ids, positions, PrefillPass(self.arena, rows, len(jobs)))
+        positions = torch.arange(token_ids.shape[1], device=device).expand_as(token_ids)
+        prefill = PrefillPass(self.arena, slice(first_prompt, self.arena.n_prompts))
+        hidden = run(self.model, token_ids, positions, prefill)
         last = hidden[torch.arange(len(jobs), device=device), lengths - 1]
-        self._sample(rows, self._logits(last).repeat_interleave(n, dim=0))
+        self._sample(slice(first_row, self.arena.n_rows), logits_of(self.model, last).repeat_interleave(n, dim=0))
 
     @torch.inference_mode()
     def _step(self) -> None:
         """One more token for every live row."""
-        live = slice(0, self.arena.n_live)
-        lengths = self.rows.lengths[live]
-        step = StepPass(self.arena, lengths)
-        hidden = self._forward(self.rows.last[live, None], lengths[:, None], step)
-        lengths += 1
-        self._sample(live, self._logits(hidden[:, 0]))
+        live = slice(0, self.arena.n_rows)
+        step = RowsPass(self.arena, 1, self._n_longest)
+        hidden = run(self.model, self.rows.last[live, None], step.positions, step)
+        self.arena.row_tokens[live] += 1
         for job in self.scheduler.running:
             job.n_tokens += 1
+        self._sample(live, logits_of(self.model, hidden[:, 0]))
 
-    def _forward(self, token_ids: Tensor, positions: Tensor, arena_pass: ArenaPass) -> Tensor:
-        """Last hidden states, (rows, tokens, width)."""
-        output = self.model.base_model(
-            input_ids=token_ids,
-            position_ids=positions.expand_as(token_ids),
-            attention_mask=arena_pass.mask,
-            use_cache=False,
-            arena_pass=arena_pass,
-        )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """(rows, width) -> (rows, vocabulary); every supported architecture ends in this one linear layer."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[no-untyped-call]
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise ModelError(f"the policy computes logits that are not finite in {self.model.dtype}; use float32")
-        return logits
+    @property
+    def _n_longest(self) -> int:
+        """Tokens that the longest live row has sampled."""
+        return max(job.n_tokens for job in self.scheduler.running)
 
     def _sample(self, rows: slice, logits: Tensor) -> None:
+        if self.sampling.repetition_penalty != 1:
+            logits = penalise(logits, self.rows.seen[rows], self.sampling.repetition_penalty)
         tokens = sample(logits, self.rows.keys[rows], self.rows.n_sampled[rows], self.sampling)
         self.rows.append(rows, tokens)
 
     def _settle(self) -> bool:
         """Let finished and cut rows leave. True when a prompt became complete."""
-        n_live = self.arena.n_live
-        at_stop = self.engine.is_stop[self.rows.last[:n_live]]
-        is_done = at_stop | (self.rows.n_sampled[:n_live] >= self.sampling.max_new_tokens)
-        leaving: set[int] = set(is_done.nonzero().flatten().tolist())
-        for row in leaving:
-            self._close(row, "eos" if at_stop[row] else "length")
+        n_live = self.arena.n_rows
+        at_end = self.engine.is_stop[self.rows.last[:n_live]]
+        is_done = at_end | (self.rows.n_sampled[:n_live] >= self.sampling.max_new_tokens)
+        leaving: dict[int, FinishReason] = dict.fromkeys(is_done.nonzero().flatten().tolist(), "length")
+        leaving |= dict.fromkeys(self._at_stop_string(n_live), "stop")
+        leaving |= dict.fromkeys(at_end.nonzero().flatten().tolist(), "eos")
+        for row, reason in leaving.items():
+            self._close(row, reason)
+        gone = set(leaving)
         for job in self.scheduler.running:
             if job.n_tokens == job.cuts.next_tokens:
-                leaving |= self._cut(job, leaving)
-        if not leaving:
+                gone |= self._cut(job, gone)
+        if not gone:
             return False
-        self.rows.apply(self.arena.release(leaving, self.rows.longest(n_live)))
-        self.rows.shrink(self.arena.n_live)
+        self.rows.apply(self.arena.release(gone, self._n_longest))
+        self.rows.shrink(self.arena.n_rows)
         return self.scheduler.retire()
+
+    def _at_stop_string(self, n_live: int) -> list[int]:
+        """Rows whose text holds a stop string now; only their last tokens are looked at."""
+        if not self.sampling.stop:
+            return []
+        # Every character has at most four bytes, and so at most four tokens.
+        n_tail = 4 * max(map(len, self.sampling.stop))
+        tails = [self.rows.sampled(row)[-n_tail:] for row in range(n_live)]
+        texts = self._decode(tails)
+        return [row for row, text in enumerate(texts) if any(stop in text for stop in self.sampling.stop)]
 
     def _cut(self, job: Job, leaving: set[int]) -> set[int]:
         """Apply the next cut of `job`; the rows that leave. `leaving` are those that finished in this step."""
@@ -226,13 +240,19 @@ class _Run:
             prompt_id=job.prompt.prompt_id,
             candidate_index=index,
             token_ids=tuple(token_ids),
-            response=self._decode([token_ids[:-1] if reason == "eos" else token_ids])[0],
+            response=self._response(token_ids, reason),
             finish_reason=reason,
             cut_at_token=len(token_ids) if reason == "cut" else None,
             cuts=tuple(job.cuts.records.get(index, ())),
             status="error" if error else "ok",
             error=error,
         )
+
+    def _response(self, token_ids: list[int], reason: FinishReason) -> str:
+        text = self._decode([token_ids[:-1] if reason == "eos" else token_ids])[0]
+        # An end token may arrive with the stop string still in front of it.
+        places = [place for stop in self.sampling.stop if (place := text.find(stop)) >= 0]
+        return text[: min(places)] if places else text
 
     def _decode(self, token_ids: list[list[int]]) -> list[str]:
         texts: list[str] = self.engine.policy.tokenizer.batch_decode(

@@ -36,6 +36,12 @@ class CutSchedule:
         if self.contrast < 0:
             raise ConfigError(f"contrast = {self.contrast} must be 0 or above")
 
+    def n_survivors(self, n: int) -> int:
+        """How many of n candidates may still run behind the last cut."""
+        for fraction in self.keep:
+            n = keep_count(n, fraction)
+        return n + (self.contrast if self.keep else 0)
+
 
 def keep_count(n_competing: int, fraction: float) -> int:
     """How many of `n_competing` stay: the fraction rounded up, at least one."""

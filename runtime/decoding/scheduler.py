@@ -70,11 +70,11 @@ class Scheduler:
         """True while a prompt waits or runs."""
         return bool(self.waiting or self.running)
 
-    def start_next(self, n_free_rows: int) -> list[Job]:
-        """The next waiting prompts whose rows fit; together, padded, at most MAX_PREFILL_TOKENS unless it is one."""
+    def start_next(self, n_free_rows: int, n_free_prompts: int) -> list[Job]:
+        """The next waiting prompts that fit; together, padded, at most MAX_PREFILL_TOKENS unless it is one."""
         started: list[Job] = []
         n_longest = 0
-        while self.waiting and len(self.waiting[0].candidates) <= n_free_rows:
+        while self.waiting and len(self.waiting[0].candidates) <= n_free_rows and len(started) < n_free_prompts:
             n_longest = max(n_longest, len(self.waiting[0].prompt_ids))
             if started and n_longest * (len(started) + 1) > MAX_PREFILL_TOKENS:
                 break

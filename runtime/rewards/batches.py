@@ -49,7 +49,7 @@ class BatchScorer:
         encoded: dict[int, tuple[list[int], int]] = {}
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
-                encoded[row] = self._encode(prompt, response)
+                encoded[row] = self.encode(prompt, response)
             except InputError as error:
                 scores[row] = Score(None, str(error))
         for batch in self._batches(encoded, prompts):
@@ -57,7 +57,8 @@ class BatchScorer:
                 scores[row] = Score.of(value)
         return [score for score in scores if score is not None]
 
-    def _encode(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
+    def encode(self, prompt: Prompt, response: str) -> tuple[list[int], int]:
+        """Ids of the whole conversation, and how many of them are the prompt; InputError when it cannot be scored."""
         token_ids, n_prompt = encode_answer(self.loaded.tokenizer, prompt.messages, response, self.prompt_format)
         limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
         if limit is not None and len(token_ids) > limit:

@@ -47,8 +47,16 @@ class Reward(Protocol):
         """Short name, used as key of the score columns."""
         ...
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a session keeps per token of prompts and answers; 0 for one that keeps texts only."""
+        ...
+
     def start(self, prompts: Sequence[Prompt]) -> RewardSession:
-        """A session with one row per entry of `prompts` (repeat a prompt for several answers)."""
+        """A session for several answers to one prompt, one row per entry of `prompts`.
+
+        Its answers are scored together; those that the first call of `scores` leaves out cannot be scored later.
+        """
         ...
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Score]:

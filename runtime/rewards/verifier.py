@@ -12,6 +12,11 @@ class FunctionReward:
     def __init__(self, fn: Callable[[Prompt, str], float], name: str) -> None:
         self.fn, self.name = fn, name
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """See Reward."""
+        return 0
+
     def start(self, prompts: Sequence[Prompt]) -> RewardSession:
         """See Reward."""
         return RescoringSession(self, prompts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ Group = Literal["child", "clerk", "auditor"]
 
 GROUP_SHARES: dict[Group, float] = {"child": 0.7, "clerk": 0.2, "auditor": 0.1}
 GROUPS: tuple[Group, ...] = tuple(GROUP_SHARES)
+EQUAL_SHARES: dict[Group, float] = dict.fromkeys(GROUPS, 1.0)
 MAX_TOTAL = 99
 MIN_STEPS, MAX_STEPS = 3, 6
 SLIPS = (-10, -2, -1, 1, 2, 10)
@@ -97,12 +99,12 @@ def draw_problem(rng: random.Random) -> Problem:
     return Problem(start, tuple(steps))
 
 
-def draw_question(rng: random.Random, held_out: bool) -> Question:
-    """A question from the held-out problems or from all others."""
+def draw_question(rng: random.Random, held_out: bool, shares: Mapping[Group, float] = GROUP_SHARES) -> Question:
+    """A question from the held-out problems or from all others; `shares` weigh the groups that ask."""
     problem = draw_problem(rng)
     while problem.is_held_out is not held_out:
         problem = draw_problem(rng)
-    group = rng.choices(GROUPS, weights=list(GROUP_SHARES.values()))[0]
+    group = rng.choices(GROUPS, weights=[shares[name] for name in GROUPS])[0]
     audience = rng.choice(AUDIENCES[group])
     body = _sum_text(problem) if rng.random() < 0.5 else _story_text(problem, rng)
     return Question(problem, group, f"{audience} {body}")

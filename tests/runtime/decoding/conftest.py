@@ -22,6 +22,7 @@ class TableReward:
 
     table: Mapping[Key, float]
     name: str = "table"
+    kv_bytes_per_token: int = 0
 
     def start(self, prompts: Sequence[Prompt]) -> "TableSession":
         return TableSession(self.table, prompts, {})

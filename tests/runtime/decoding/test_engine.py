@@ -7,20 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
-from runtime.decoding.attention import check_supported
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.sampling import SamplingConfig
 from runtime.errors import ConfigError, ModelError
+from runtime.kv.attention import check_supported
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.records import Candidate, Message, Prompt
 
@@ -166,45 +164,13 @@ def test_missing_chat_template_stops_the_run(
 
 
 def test_unsupported_architectures_are_refused() -> None:
-    with pytest.raises(ModelError, match="'gemma2' is not supported"):
-        check_supported(Gemma2Config())
+    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+        check_supported(GPT2Config())
+    with pytest.raises(ModelError, match="bidirectional"):
+        check_supported(Gemma3TextConfig(use_bidirectional_attention=True))
     config = Qwen2Config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ModelError, match="rope type 'dynamic'"):
         check_supported(config)
-
-
-SMALL = {
-    "vocab_size": 261,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)),
-        Qwen2ForCausalLM(Qwen2Config(**SMALL, sliding_window=16, use_sliding_window=True, max_window_layers=1)),
-    ],
-    ids=["mistral", "qwen2"],
-)
-def test_sliding_window_in_effect_is_refused(
-    model: MistralForCausalLM | Qwen2ForCausalLM,
-    tiny_prompts: Sequence[Prompt],
-    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
-) -> None:
-    loaded = LoadedModel(model.eval(), make_tokenizer(), "m", "")
-    with pytest.raises(ModelError, match="sliding window of 16 tokens"):
-        Engine(loaded, SamplingConfig(n=2), CutSchedule(), None, 4).generate(tiny_prompts)
-    short = Prompt("short", (Message("user", "hi"),), "g")
-    engine = Engine(loaded, SamplingConfig(n=2, max_new_tokens=4), CutSchedule(), None, 4)
-    assert len(list(engine.generate([short]))[0]) == 2
 
 
 def test_logits_that_are_not_finite_are_reported(tiny_policy_dir: Path, tiny_prompts: Sequence[Prompt]) -> None:

@@ -21,23 +21,23 @@ def complete(done: Job) -> None:
 def test_prompts_start_in_order_while_their_rows_fit() -> None:
     jobs = [job(name) for name in "abc"]
     order = Scheduler(jobs)
-    assert order.start_next(5) == jobs[:2]
-    assert order.start_next(1) == []
-    assert order.start_next(2) == jobs[2:]
-    assert order.start_next(9) == []
+    assert order.start_next(5, 100) == jobs[:2]
+    assert order.start_next(1, 100) == []
+    assert order.start_next(2, 100) == jobs[2:]
+    assert order.start_next(9, 100) == []
 
 
 def test_prefill_is_bounded_but_never_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "MAX_PREFILL_TOKENS", 10)
     jobs = [job("a", 4), job("b", 5), job("c", 4), job("d", 11)]
     order = Scheduler(jobs)
-    assert [order.start_next(99) for _ in range(4)] == [jobs[:2], [jobs[2]], [jobs[3]], []]
+    assert [order.start_next(99, 100) for _ in range(4)] == [jobs[:2], [jobs[2]], [jobs[3]], []]
 
 
 def test_results_wait_for_their_predecessors() -> None:
     jobs = [job("a"), Job.failed(replace(job("b").prompt), 2, "too long"), job("c")]
     order = Scheduler(jobs)
-    order.start_next(99)
+    order.start_next(99, 100)
     complete(jobs[2])
     assert order.retire() and list(order.results()) == [] and order.n_unfinished == 1
     complete(jobs[0])

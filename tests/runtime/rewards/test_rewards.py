@@ -1,6 +1,7 @@
 """Scores: the same alone and in a batch, partial like final, failures per row."""
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 from runtime.errors import ModelError
 from runtime.models import LoadedModel, encode_answer, load_classifier
 from runtime.records import Message, Prompt
+from runtime.rewards import incremental
 from runtime.rewards.classifier import ClassifierReward
 from runtime.rewards.likelihood import LikelihoodReward
 from runtime.rewards.protocol import Reward, Score
@@ -79,6 +81,56 @@ def test_session_scores_partial_text_as_if_it_were_finished(reward: Reward, tiny
     session.extend([2], [[12]], ["six"])
     session.keep([2])
     assert values(session.scores([2])) == pytest.approx(values(reward.score([prompt], ["six"])), abs=1e-5)
+
+
+@pytest.mark.parametrize("max_pass_tokens", [4096, 20])
+def test_sessions_follow_growing_rewritten_and_leaving_answers(
+    reward: Reward, tiny_prompts: Sequence[Prompt], max_pass_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores equal those from scratch at every cut, whatever was stored: other lengths, other beginnings, holes."""
+    monkeypatch.setattr(incremental, "MAX_PASS_TOKENS", max_pass_tokens)
+    prompt, rng = tiny_prompts[1], random.Random(0)
+    session = reward.start([prompt] * 7)
+    texts = {number: "".join(rng.choices("abc 12=", k=number + 1)) for number in range(7)}
+    for leaving in ([1], [], [0, 5, 6], [2]):
+        numbers = sorted(texts, key=lambda _: rng.random())
+        session.extend(numbers, [[1]] * len(numbers), [texts[number] for number in numbers])
+        scratch = values(reward.score([prompt] * len(numbers), [texts[number] for number in numbers]))
+        assert values(session.scores(numbers)) == pytest.approx(scratch, abs=1e-5)
+        texts = {number: text for number, text in texts.items() if number not in leaving}
+        session.keep(list(texts))
+        for number, text in texts.items():
+            kept = text if number != 3 else text[: len(text) // 2]  # a rewritten answer
+            texts[number] = kept + "".join(rng.choices("xyz 34+", k=rng.randint(0, 9)))
+
+
+def test_a_cut_costs_the_new_tokens_only(
+    tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = LlamaModel.forward
+
+    def counted(self: LlamaModel, *args: object, **kwargs: torch.Tensor) -> object:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    prompt = tiny_prompts[0]
+    ids, n_prompt = encode_answer(tiny_reward.tokenizer, prompt.messages, "", "chat")
+    n_closing = len(ids) - n_prompt
+    session = ClassifierReward(tiny_reward).start([prompt] * 2)
+    for text in ("abcd", "abcdefg"):
+        session.extend([0, 1], [[1], [1]], [text, text.upper()])
+        session.scores([0, 1])
+    assert shapes == [(1, n_prompt), (2, 4 + n_closing), (2, 3 + n_closing)]
+
+
+def test_a_broken_answer_does_not_stop_the_session(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
+    prompt = tiny_prompts[0]
+    session = reward.start([prompt] * 2)
+    session.extend([0, 1], [[1], [1]], ["fine", "x" * 600])
+    fine, broken = session.scores([0, 1])
+    assert fine.value is not None and broken.error is not None and "exceed" in broken.error
 
 
 def test_classifier_equals_transformers(tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt]) -> None:
