@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["eos", "stop", "length", "cut", "error"]
+# A skipped candidate was never drawn, because its prompt had good ones enough.
+FinishReason = Literal["eos", "stop", "length", "cut", "skipped", "error"]
 FINISHED: tuple[FinishReason, ...] = ("eos", "stop", "length")
 Status = Literal["ok", "error"]
 Progress = Callable[[int, int], None]  # (done, total)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from runtime.decoding.sampling import SamplingConfig
 from runtime.errors import InputError
-from runtime.kv.arena import ArenaSize
+from runtime.kv.arena import SLOT_STEP, ArenaSize
 
 CLOSING_TOKENS = 8  # of the reward's chat template behind an answer, at most about so many
 
@@ -35,9 +35,13 @@ class Costs:
     def _row_slots(self) -> int:
         return self.sampling.max_new_tokens + 1
 
+    def bytes(self, n_prompt_tokens: int) -> int:
+        """Least of a prompt with its rows."""
+        return self.prompt_bytes(n_prompt_tokens) + self.sampling.n * self.row_bytes
+
     def check(self, n_prompt_tokens: int) -> None:
         """InputError when not even this prompt alone fits."""
-        needed = self.prompt_bytes(n_prompt_tokens) + self.sampling.n * self.row_bytes
+        needed = self.bytes(n_prompt_tokens)
         if self.budget is not None and needed > self.budget:
             raise InputError(
                 f"prompt of {n_prompt_tokens} tokens with n = {self.sampling.n} and max_new_tokens = "
@@ -60,3 +64,25 @@ class Costs:
             n_rows = min(n_rows, n * n_whole)
             n_prompts = min(n_prompts, (self.budget - n_rows * self.row_bytes) // per_prompt)
         return ArenaSize(n_prompts, longest, n_rows, self._row_slots)
+
+
+class ElasticCosts(Costs):
+    """Of a run whose rows are cut when memory is full: many while they are short, few when they are long."""
+
+    def bytes(self, n_prompt_tokens: int) -> int:
+        """See Costs: all rows short, or one of them whole."""
+        n_least = max(self.sampling.n * min(SLOT_STEP, self._row_slots), self._row_slots)
+        return self.prompt_bytes(n_prompt_tokens) + n_least * self._both
+
+    def plan(self, lengths: Sequence[int], max_rows: int) -> ArenaSize:
+        """See Costs: one prompt at a time, with as many tokens of rows as the budget leaves."""
+        assert self.budget is not None
+        if not lengths:
+            return ArenaSize(0, 0, 0, self._row_slots)
+        n, longest = self.sampling.n, max(lengths)
+        n_tokens = min(n * self._row_slots, (self.budget - self.prompt_bytes(longest)) // self._both)
+        return ArenaSize(1, longest, n, self._row_slots, n_tokens)
+
+    @property
+    def _both(self) -> int:
+        return self.bytes_per_token + self.reward_bytes_per_token

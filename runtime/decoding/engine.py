@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from runtime.decoding.budget import Costs
-from runtime.decoding.rejection import CutSchedule
+from runtime.decoding.budget import Costs, ElasticCosts
+from runtime.decoding.rejection import CutPolicy, MemoryCuts
 from runtime.decoding.rows import RowTable
 from runtime.decoding.sampling import SamplingConfig, penalise, sample
 from runtime.decoding.scheduler import Job, Scheduler
@@ -30,17 +30,19 @@ class Engine:
         self,
         policy: LoadedModel,
         sampling: SamplingConfig,
-        cuts: CutSchedule,
+        cuts: CutPolicy,
         reward: Reward | None,
         max_rows: int,
         prompt_format: PromptFormat = "chat",
         kv_budget: int | None = None,
     ) -> None:
         """kv_budget: bytes that the keys and values of policy and reward may take together; None: no bound."""
+        if isinstance(cuts, MemoryCuts) and kv_budget is None:
+            raise ConfigError("cuts when memory is full need a kv_budget; set one or use a schedule")
         if sampling.n > max_rows:
             raise ConfigError(f"n = {sampling.n} exceeds max_rows = {max_rows}; raise max_rows or lower n")
-        if cuts.tokens and reward is None:
-            raise ConfigError(f"cuts at {list(cuts.tokens)} tokens need a reward; set one or use no cuts")
+        if cuts.is_cutting and reward is None:
+            raise ConfigError("cuts compare rewards of partial answers; set a reward or use no cuts")
         install(policy.model)
         self.policy, self.sampling, self.cuts = policy, sampling, cuts
         self.reward, self.max_rows, self.prompt_format, self.kv_budget = reward, max_rows, prompt_format, kv_budget
@@ -58,16 +60,21 @@ class Engine:
         return _Run(self, jobs, self._plan(jobs)).results(on_progress)
 
     def _plan(self, jobs: Sequence[Job]) -> ArenaSize:
-        lengths = [len(job.prompt_ids) for job in jobs if not job.is_complete]
-        return self._costs().plan(lengths, self.max_rows)
+        return self._costs().plan([len(job.prompt_ids) for job in jobs if not job.is_complete], self.max_rows)
+
+    @property
+    def cuts_when_full(self) -> bool:
+        """Whether memory, not a token count, says when to cut."""
+        return isinstance(self.cuts, MemoryCuts) and self.cuts.is_cutting
 
     def _costs(self) -> Costs:
         model = self.policy.model
         per_token = KVShape.of(model).n_bytes(1, model.dtype)
-        last_cut = max(self.cuts.tokens, default=0)
-        per_reward_token = self.reward.kv_bytes_per_token if self.reward is not None and last_cut else 0
+        per_reward_token = self.reward.kv_bytes_per_token if self.reward is not None and self.cuts.is_cutting else 0
         n_survivors = self.cuts.n_survivors(self.sampling.n)
-        return Costs(self.sampling, n_survivors, per_token, per_reward_token, last_cut, self.kv_budget)
+        kind = ElasticCosts if self.cuts_when_full else Costs
+        n_scored = max(self.cuts.tokens, default=0)
+        return kind(self.sampling, n_survivors, per_token, per_reward_token, n_scored, self.kv_budget)
 
     def _job(self, prompt: Prompt) -> Job:
         try:
@@ -116,12 +123,12 @@ class _Run:
     @torch.inference_mode()
     def _prefill(self, jobs: Sequence[Job]) -> None:
         """Run each prompt through the model once and sample the first token of each of its candidates."""
-        n, device = self.sampling.n, self.model.device
+        device = self.model.device
         first_row, first_prompt = self.arena.n_rows, self.arena.n_prompts
         for job in jobs:
-            self.rows.add(job, self.arena.add(len(job.prompt_ids), n), self.sampling.seed)
-            if self.engine.reward is not None and job.cuts.schedule.tokens:
-                job.session = self.engine.reward.start([job.prompt] * n)
+            self.rows.add(job, self.arena.add(len(job.prompt_ids), len(job.wave)), self.sampling.seed)
+            if self.engine.reward is not None and job.cuts.policy.is_cutting:
+                job.session = self.engine.reward.start([job.prompt] * len(job.candidates))
             job.n_tokens = 1
         lengths = torch.tensor([len(job.prompt_ids) for job in jobs], device=device)
         padded = [torch.tensor(job.prompt_ids, device=device) for job in jobs]
@@ -130,7 +137,9 @@ class _Run:
         prefill = PrefillPass(self.arena, slice(first_prompt, self.arena.n_prompts))
         hidden = run(self.model, token_ids, positions, prefill)
         last = hidden[torch.arange(len(jobs), device=device), lengths - 1]
-        self._sample(slice(first_row, self.arena.n_rows), logits_of(self.model, last).repeat_interleave(n, dim=0))
+        n_rows = torch.tensor([len(job.wave) for job in jobs], device=device)
+        logits = logits_of(self.model, last).repeat_interleave(n_rows, dim=0)
+        self._sample(slice(first_row, self.arena.n_rows), logits)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -166,13 +175,23 @@ class _Run:
             self._close(row, reason)
         gone = set(leaving)
         for job in self.scheduler.running:
-            if job.n_tokens == job.cuts.next_tokens:
+            while self._is_due(job, n_live - len(gone)):
                 gone |= self._cut(job, gone)
         if not gone:
             return False
         self.rows.apply(self.arena.release(gone, self._n_longest))
         self.rows.shrink(self.arena.n_rows)
-        return self.scheduler.retire()
+        paused = self.scheduler.between_waves()
+        for job in paused:
+            if job.wave.stop < len(job.candidates):
+                self._partial_scores(job, {})
+        return self.scheduler.retire(paused)
+
+    def _is_due(self, job: Job, n_live: int) -> bool:
+        """Whether `job` must be cut now: at a token count of its policy, or because the next token would not fit."""
+        if self.engine.cuts_when_full:
+            return n_live > self.arena.n_rows_with(job.n_tokens)
+        return job.n_tokens == job.cuts.next_tokens
 
     def _at_stop_string(self, n_live: int) -> list[int]:
         """Rows whose text holds a stop string now; only their last tokens are looked at."""
@@ -197,11 +216,11 @@ class _Run:
         partial, failed = self._partial_scores(job, row_of)
         for index, error in failed.items():
             self._close(row_of[index], "error", error)
-        dropped = job.cuts.cut(partial)
+        dropped = job.cuts.cut(job.n_tokens, partial)
         for index in dropped:
             self._close(row_of[index], "cut")
         if job.session is not None:
-            job.session.keep(sorted(job.cuts.competing))
+            job.session.keep(sorted(job.cuts.competing - job.cuts.final_scores.keys()))
         return {row_of[index] for index in [*failed, *dropped]}
 
     def _partial_scores(self, job: Job, row_of: dict[int, int]) -> tuple[dict[int, float], dict[int, str]]:
@@ -255,6 +274,8 @@ class _Run:
         return text[: min(places)] if places else text
 
     def _decode(self, token_ids: list[list[int]]) -> list[str]:
+        if not token_ids:  # transformers would decode no rows into one empty text
+            return []
         texts: list[str] = self.engine.policy.tokenizer.batch_decode(
             token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

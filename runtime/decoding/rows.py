@@ -31,10 +31,10 @@ class RowTable:
         self.seen = torch.zeros(max_rows, n_vocabulary, dtype=torch.bool, device=device)  # in prompt or answer
 
     def add(self, job: Job, rows: slice, seed: int) -> None:
-        """Give `rows`, which must be the next free ones, to the candidates of `job`."""
-        n = rows.stop - rows.start
-        self.owners += [Owner(job, index) for index in range(n)]
-        keys = [row_key(seed, job.prompt.prompt_id, index) for index in range(n)]
+        """Give `rows`, which must be the next free ones, to the wave of `job`."""
+        assert rows.stop - rows.start == len(job.wave)
+        self.owners += [Owner(job, index) for index in job.wave]
+        keys = [row_key(seed, job.prompt.prompt_id, index) for index in job.wave]
         self.keys[rows] = torch.tensor(keys, device=self.keys.device)
         self.n_sampled[rows] = 0
         if self.seen.shape[1]:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from runtime.decoding.rejection import CutSchedule, PromptCuts
+from runtime.decoding.rejection import CutPolicy, CutSchedule, PromptCuts
 from runtime.records import Candidate, Prompt
 from runtime.rewards.protocol import RewardSession
 
@@ -19,14 +19,16 @@ class Job:
     prompt_ids: list[int]
     cuts: PromptCuts
     candidates: list[Candidate | None]
+    wave: range  # the candidates that are drawn now
     session: RewardSession | None = None
     n_tokens: int = 0  # sampled so far by each of its running rows
     n_reported: dict[int, int] = field(default_factory=dict)  # tokens the session has, per candidate
 
     @classmethod
-    def of(cls, prompt: Prompt, prompt_ids: list[int], n: int, schedule: CutSchedule) -> "Job":
+    def of(cls, prompt: Prompt, prompt_ids: list[int], n: int, policy: CutPolicy) -> "Job":
         """A job for `n` candidates."""
-        return cls(prompt, prompt_ids, PromptCuts(schedule, set(range(n))), [None] * n)
+        wave = range(policy.n_first(n))
+        return cls(prompt, prompt_ids, PromptCuts(policy, set(wave)), [None] * n, wave)
 
     @classmethod
     def failed(cls, prompt: Prompt, n: int, error: str) -> "Job":
@@ -36,6 +38,18 @@ class Job:
             Candidate(prompt.prompt_id, index, (), "", "error", status="error", error=error) for index in range(n)
         ]
         return job
+
+    def advance(self) -> None:
+        """After a complete wave: the next one if it is worth it, else the rest is marked as not drawn."""
+        n, policy = len(self.candidates), self.cuts.policy
+        n_more = min(len(self.wave), n - self.wave.stop)
+        if n_more and policy.is_worth_more(self.cuts.records, self.cuts.final_scores, n_more):
+            self.wave = range(self.wave.stop, self.wave.stop + n_more)
+            self.cuts.begin_wave(self.wave)
+            self.session, self.n_tokens, self.n_reported = None, 0, {}
+            return
+        for index in range(self.wave.stop, n):
+            self.candidates[index] = Candidate(self.prompt.prompt_id, index, (), "", "skipped")
 
     def unscored_finished(self) -> list[int]:
         """Competing candidates that finished and have no final score yet."""
@@ -56,6 +70,11 @@ class Job:
         """True when every candidate is there."""
         return all(candidate is not None for candidate in self.candidates)
 
+    @property
+    def is_between_waves(self) -> bool:
+        """True when every candidate of the wave is there."""
+        return all(self.candidates[index] is not None for index in self.wave)
+
 
 class Scheduler:
     """First come, first served: a prompt starts when all its rows fit; results leave in input order."""
@@ -74,12 +93,12 @@ class Scheduler:
         """The next waiting prompts that fit; together, padded, at most MAX_PREFILL_TOKENS unless it is one."""
         started: list[Job] = []
         n_longest = 0
-        while self.waiting and len(self.waiting[0].candidates) <= n_free_rows and len(started) < n_free_prompts:
+        while self.waiting and len(self.waiting[0].wave) <= n_free_rows and len(started) < n_free_prompts:
             n_longest = max(n_longest, len(self.waiting[0].prompt_ids))
             if started and n_longest * (len(started) + 1) > MAX_PREFILL_TOKENS:
                 break
             started.append(self.waiting.popleft())
-            n_free_rows -= len(started[-1].candidates)
+            n_free_rows -= len(started[-1].wave)
         self.running += started
         return started
 
@@ -88,11 +107,18 @@ class Scheduler:
         """Prompts that wait or run."""
         return len(self.waiting) + len(self.running)
 
-    def retire(self) -> bool:
-        """Forget the running prompts that are complete; True when there was one."""
-        n_before = len(self.running)
-        self.running = [job for job in self.running if not job.is_complete]
-        return len(self.running) < n_before
+    def between_waves(self) -> list[Job]:
+        """Running prompts whose wave is complete."""
+        return [job for job in self.running if job.is_between_waves]
+
+    def retire(self, jobs: Sequence[Job]) -> bool:
+        """Prompts between waves draw the next one, before all others, or are done; True when one is done."""
+        for job in jobs:
+            self.running.remove(job)
+            job.advance()
+            if not job.is_complete:
+                self.waiting.appendleft(job)
+        return any(job.is_complete for job in jobs)
 
     def results(self) -> Iterator[list[Candidate]]:
         """Complete prompts whose predecessors have been returned."""

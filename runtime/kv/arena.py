@@ -6,7 +6,7 @@ that what is read lies together; the same memory is laid out anew when they need
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class ArenaSize:
 class Arena:
     """Keys and values of all live prompts and rows.
 
-    prompts: (layers, 2, prompts, kv_heads, prompt slots, head_dim); rows: (layers, 2, rows, kv_heads, slots,
+    prompts: (layers, 2, prompts, kv_heads, prompt slots, head_dim); rows: per layer (2, rows, kv_heads, slots,
     head_dim). The last slot of a row takes what ragged passes pad with, and is never attended to.
     """
 
@@ -75,9 +75,9 @@ class Arena:
             dtype=dtype,
             device=device,
         )
-        per_token = shape.n_kv_heads * shape.head_dim
-        self._row_memory = torch.zeros((shape.n_layers, 2, size.n_row_tokens * per_token), dtype=dtype, device=device)
-        self.rows = self._rows_with(min(SLOT_STEP, size.row_slots))
+        self._row_memory = [self._new_layer() for _ in range(shape.n_layers)]
+        self.n_slots = self._slots_for(0)  # of every row by now, the last one included that holds no token
+        self.rows = self._views()
         self.prompt_tokens = torch.zeros(size.n_prompts, dtype=torch.long, device=device)  # (prompts,)
         self.row_tokens = torch.zeros(size.n_rows, dtype=torch.long, device=device)  # (rows,), without the prompt
         self.owners: list[int] = []  # the prompt of each row
@@ -93,7 +93,7 @@ class Arena:
     @property
     def n_free_rows(self) -> int:
         """Rows that a new prompt can take."""
-        return min(self.size.n_rows, self.rows.shape[2]) - self.n_rows
+        return self.rows[0].shape[1] - self.n_rows
 
     @property
     def n_free_prompts(self) -> int:
@@ -103,33 +103,55 @@ class Arena:
     @property
     def n_bytes(self) -> int:
         """Bytes of keys and values, used or not."""
-        return self.prompts.nbytes + self._row_memory.nbytes
-
-    @property
-    def n_slots(self) -> int:
-        """Slots that every row has now, the last one included that holds no token."""
-        return self.rows.shape[4]
+        return self.prompts.nbytes + sum(layer.nbytes for layer in self._row_memory)
 
     def fit(self, n_tokens: int) -> None:
         """Give every row slots for `n_tokens` tokens; fewer than it had when it needs less than half of them."""
-        wanted = min(-(-(n_tokens + 1) // SLOT_STEP) * SLOT_STEP, self.size.row_slots)
+        wanted = self._slots_for(n_tokens)
         assert n_tokens < wanted, (n_tokens, self.size)
         if self.n_slots / 2 < wanted <= self.n_slots:
             return
-        old, new = self.rows, self._rows_with(wanted)
-        n_kept = min(self.n_slots, wanted)
+        old, n_kept = self.rows, min(self.n_slots, wanted)
+        self.n_slots = wanted
+        self.rows = self._views()
         # Both lie in the same memory: what moves is copied aside, one layer at a time.
-        for one_old, one_new in zip(old.flatten(0, 1), new.flatten(0, 1), strict=True):
-            kept = one_old[: self.n_rows, :, :n_kept].clone()
-            one_new[: self.n_rows].zero_()
-            one_new[: self.n_rows, :, :n_kept] = kept
-        self.rows = new
+        for old_layer, layer in zip(old, self.rows, strict=True):
+            kept = old_layer[:, : self.n_rows, :, :n_kept].clone()
+            layer[:, : self.n_rows, :, n_kept:] = 0
+            layer[:, : self.n_rows, :, :n_kept] = kept
 
-    def _rows_with(self, n_slots: int) -> Tensor:
-        shape, size = self.shape, self.size
-        n_rows = min(size.n_rows, size.n_row_tokens // n_slots)
-        used = self._row_memory[..., : n_rows * n_slots * shape.n_kv_heads * shape.head_dim]
-        return used.view(shape.n_layers, 2, n_rows, shape.n_kv_heads, n_slots, shape.head_dim)
+    def resize(self, n_rows: int, row_slots: int) -> None:
+        """Other bounds, which what is live must fit; memory moves one layer at a time, so that both never coexist."""
+        old, n_kept = self.rows, min(self.n_slots, row_slots)
+        self.size = replace(self.size, n_rows=n_rows, row_slots=row_slots, row_tokens=None)
+        self.n_slots = self._slots_for(n_kept - 1)
+        self.rows = []
+        for index in range(self.shape.n_layers):
+            self._row_memory[index] = self._new_layer()
+            layer = self._view(self._row_memory[index])
+            layer[:, : self.n_rows, :, :n_kept] = old[index][:, : self.n_rows, :, :n_kept]
+            old[index] = layer[:0]
+            self.rows.append(layer)
+        self.row_tokens = torch.nn.functional.pad(self.row_tokens[: self.n_rows], (0, n_rows - self.n_rows))
+
+    def n_rows_with(self, n_tokens: int) -> int:
+        """How many rows there is room for when each holds up to `n_tokens` tokens."""
+        return min(self.size.n_rows, self.size.n_row_tokens // self._slots_for(n_tokens))
+
+    def _slots_for(self, n_tokens: int) -> int:
+        return min(-(-(n_tokens + 1) // SLOT_STEP) * SLOT_STEP, self.size.row_slots)
+
+    def _new_layer(self) -> Tensor:
+        n_numbers = self.size.n_row_tokens * self.shape.n_kv_heads * self.shape.head_dim
+        return torch.zeros((2, n_numbers), dtype=self.prompts.dtype, device=self.prompts.device)
+
+    def _views(self) -> list[Tensor]:
+        return [self._view(layer) for layer in self._row_memory]
+
+    def _view(self, layer: Tensor) -> Tensor:
+        shape, n_rows = self.shape, min(self.size.n_rows, self.size.n_row_tokens // self.n_slots)
+        used = layer[:, : n_rows * self.n_slots * shape.n_kv_heads * shape.head_dim]
+        return used.view(2, n_rows, shape.n_kv_heads, self.n_slots, shape.head_dim)
 
     def add(self, n_prompt_tokens: int, n_rows: int) -> slice:
         """Take the next prompt and its rows, which are empty; the rows."""
@@ -152,11 +174,15 @@ class Arena:
         moves = plan_moves(self.n_rows, leaving)
         n_left = self.n_rows - len(set(leaving))
         if moves.source:
-            self.rows[:, :, moves.target, :, :n_slots] = self.rows[:, :, moves.source, :, :n_slots]
+            for layer in self.rows:
+                layer[:, moves.target, :, :n_slots] = layer[:, moves.source, :, :n_slots]
             self.row_tokens[moves.target] = self.row_tokens[moves.source]
             for source, target in zip(moves.source, moves.target, strict=True):
                 self.owners[target] = self.owners[source]
         del self.owners[n_left:]
+        if not self.owners:  # the next rows are short, and there may be more of them
+            self.n_slots = self._slots_for(0)
+            self.rows = self._views()
         self._release_prompts()
         self._layout = None
         return moves
@@ -177,23 +203,10 @@ class Arena:
     def layout(self, rows: slice) -> "Layout":
         """Which of the rows belong to which prompt, as indices; for all rows made anew only when some came or went."""
         if rows != slice(0, self.n_rows):
-            return Layout.of(self.owners[rows], self.prompt_lengths, self.rows.device)
+            return Layout.of(self.owners[rows], self.prompt_lengths, self.prompts.device)
         if self._layout is None:
-            self._layout = Layout.of(self.owners, self.prompt_lengths, self.rows.device)
+            self._layout = Layout.of(self.owners, self.prompt_lengths, self.prompts.device)
         return self._layout
-
-    def resized(self, n_rows: int, row_slots: int) -> "Arena":
-        """A copy with room for so many rows and slots, at least those in use."""
-        size = ArenaSize(self.size.n_prompts, self.size.prompt_slots, n_rows, row_slots)
-        new = Arena(self.shape, size, self.rows.dtype, self.rows.device)
-        n_kept = min(self.n_slots, row_slots)
-        new.fit(n_kept - 1)
-        new.rows[:, :, : self.n_rows, :, :n_kept] = self.rows[:, :, : self.n_rows, :, :n_kept]
-        new.prompts.copy_(self.prompts)
-        new.prompt_tokens.copy_(self.prompt_tokens)
-        new.row_tokens[: self.n_rows] = self.row_tokens[: self.n_rows]
-        new.owners, new.prompt_lengths, new.n_prompts = list(self.owners), list(self.prompt_lengths), self.n_prompts
-        return new
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class RowsPass:
         # The query heads of one key-value head act as its query tokens: no key or value is repeated in memory.
         grouped = query.reshape(n_rows, n_kv_heads, -1, head_dim)
         prompt_keys, prompt_values = arena.prompts[layer, :, : arena.n_prompts, :, : layout.n_longest]
-        row_keys, row_values = arena.rows[layer, :, self.rows]
+        row_keys, row_values = arena.rows[layer][:, self.rows]
         to_prompt = self._ungroup(scores.of(self._group(grouped), prompt_keys))
         to_row = scores.of(grouped, row_keys)
         both = torch.cat((to_prompt, to_row), dim=-1)
@@ -111,6 +111,6 @@ class RowsPass:
                 hidden_prompt = hidden_prompt | (in_prompt <= prompt_tokens + query - window)
                 hidden_row = hidden_row | (in_row <= query - window)
             hidden = torch.cat((hidden_prompt, hidden_row), dim=-1)[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.arena.rows.dtype, device=hidden.device)
+            mask = torch.zeros(hidden.shape, dtype=self.arena.prompts.dtype, device=hidden.device)
             self._masks[window] = mask.masked_fill_(hidden, -torch.inf)
         return self._masks[window]

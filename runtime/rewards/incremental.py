@@ -113,7 +113,7 @@ class IncrementalSession:
         late = [number for number in wanted if number not in self.places]
         assert not late, f"answers {late} were not among the first that were scored"
         longest = max(map(len, [*wanted.values(), *self._stored()]))
-        self.arena = self.arena.resized(len(self.places), 1 + longest)
+        self.arena.resize(len(self.places), 1 + longest)
         scores: dict[int, float] = {}
         step = max(1, MAX_PASS_TOKENS // longest)
         for start in range(0, len(self.places), step):

@@ -28,7 +28,7 @@ from runtime.starter.rule import truth
 
 ARMS = {
     "best-of-N": CutSchedule((), ()),
-    "rejection": CutSchedule((10, 24), (0.5, 0.5)),
+    "rejection": CutSchedule((6, 16, 32), (0.35, 0.15, 0.5)),
 }
 OUTPUT = Path("bench-results/rejection.json")
 

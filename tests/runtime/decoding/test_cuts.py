@@ -1,13 +1,21 @@
 """Cuts inside the engine, against plain Best-of-N of the same seed."""
 
 import random
+import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from runtime.decoding.rejection import CutSchedule
-from runtime.models import LoadedModel
+from runtime.decoding.adaptive import AdaptiveCuts, Fit
+from runtime.decoding.engine import Engine
+from runtime.decoding.rejection import CutSchedule, MemoryCuts
+from runtime.decoding.sampling import SamplingConfig
+from runtime.errors import ConfigError
+from runtime.kv.arena import Arena, KVShape
+from runtime.models import LoadedModel, encode_prompt
 from runtime.records import Candidate, Prompt
 from runtime.rewards.classifier import ClassifierReward
 from runtime.rewards.verifier import FunctionReward
@@ -28,6 +36,27 @@ def ranking(plain: Mapping[Key, Candidate]) -> dict[Key, float]:
     """A rank-perfect table: partial and final scores agree."""
     order = random.Random(0)
     return {key: order.random() for key in plain}
+
+
+@pytest.fixture
+def arena_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After a run: the bytes of all arenas that were alive together, each time one was made or changed its size."""
+    alive: weakref.WeakSet[Arena] = weakref.WeakSet()
+    seen: list[int] = []
+    made, resized = Arena.__init__, Arena.resize
+
+    def count_made(self: Arena, *args: Any) -> None:
+        made(self, *args)
+        alive.add(self)
+        seen.append(sum(arena.n_bytes for arena in alive))
+
+    def count_resized(self: Arena, *args: Any) -> None:
+        resized(self, *args)
+        seen.append(sum(arena.n_bytes for arena in alive))
+
+    monkeypatch.setattr(Arena, "__init__", count_made)
+    monkeypatch.setattr(Arena, "resize", count_resized)
+    return seen
 
 
 def winner(scores: Mapping[Key, float], candidates: Mapping[Key, Candidate], prompt_id: str) -> Key:
@@ -171,3 +200,104 @@ def test_a_cut_after_the_last_token_changes_nothing(
     table_reward: Any,
 ) -> None:
     assert decode(tiny_prompts, CutSchedule((40, 80), (0.1, 0.1)), table_reward(ranking)) == plain
+
+
+PLAIN_POLICIES = {
+    "keep 1": CutSchedule((4, 10), (1.0, 1.0)),
+    "memory, alpha 0": MemoryCuts(0.0),
+    "adaptive, certain": AdaptiveCuts((Fit(4, 0.0, 1.0, 1.0),), confidence=1.0),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_POLICIES)
+def test_policies_that_drop_nobody_are_best_of_n(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], table_reward: Any, name: str
+) -> None:
+    flat = table_reward(dict.fromkeys(plain, 0.0))  # nobody is ahead, so nobody can be ruled out
+    found = decode(tiny_prompts, PLAIN_POLICIES[name], flat, kv_budget=10_000_000)
+    assert {key: c.token_ids for key, c in found.items()} == {key: c.token_ids for key, c in plain.items()}
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9])
+def test_memory_cuts_keep_the_winner_and_the_budget(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    ranking: dict[Key, float],
+    tiny_policy: LoadedModel,
+    tiny_prompts: Sequence[Prompt],
+    table_reward: Any,
+    alpha: float,
+    arena_bytes: list[int],
+) -> None:
+    """Less memory than all rows need at full length: the worst go when it is full, not before."""
+    per_token = KVShape.of(tiny_policy.model).n_bytes(1, torch.float32)
+    longest = max(len(encode_prompt(tiny_policy.tokenizer, p.messages, "chat")) for p in tiny_prompts)
+    budget = per_token * (longest + 8 * 32)
+    found = decode(tiny_prompts, MemoryCuts(alpha), table_reward(ranking), kv_budget=budget, max_new_tokens=120)
+    whole = decode(tiny_prompts, max_new_tokens=120)
+    assert max(arena_bytes[:1]) <= budget < max(arena_bytes)
+    cut = [c for c in found.values() if c.finish_reason == "cut"]
+    assert cut and all(c.cut_at_token == 32 or c.cut_at_token == 64 or c.cut_at_token == 96 for c in cut)
+    for key, candidate in found.items():
+        assert candidate.token_ids == whole[key].token_ids[: candidate.n_tokens]
+    for prompt in tiny_prompts:
+        assert winner(ranking, found, prompt.prompt_id) == winner(ranking, whole, prompt.prompt_id)
+
+
+def test_memory_cuts_need_a_budget(tiny_policy: LoadedModel, tiny_reward: LoadedModel) -> None:
+    with pytest.raises(ConfigError, match="need a kv_budget"):
+        Engine(tiny_policy, SamplingConfig(), MemoryCuts(0.5), ClassifierReward(tiny_reward), 16)
+
+
+@pytest.mark.parametrize("policy_name", ["none", "schedule", "adaptive"])
+@pytest.mark.parametrize("n_prompts_that_fit", [1, 2, 3])
+def test_the_budget_holds_and_changes_no_text(
+    decode: Decode,
+    plain: dict[Key, Candidate],
+    tiny_policy: LoadedModel,
+    tiny_reward: LoadedModel,
+    tiny_prompts: Sequence[Prompt],
+    policy_name: str,
+    n_prompts_that_fit: int,
+    arena_bytes: list[int],
+) -> None:
+    reward = ClassifierReward(tiny_reward)
+    policy = {
+        "none": CutSchedule(),
+        "schedule": CutSchedule((4, 10), (0.5, 0.5)),
+        "adaptive": AdaptiveCuts((Fit(4, 0.0, 1.0, 0.01), Fit(10, 0.0, 1.0, 0.01))),
+    }[policy_name]
+    longest = max(len(encode_prompt(tiny_policy.tokenizer, p.messages, "chat")) for p in tiny_prompts)
+    per_token = KVShape.of(tiny_policy.model).n_bytes(1, torch.float32)
+    per_reward_token = reward.kv_bytes_per_token if policy.is_cutting else 0
+    per_prompt = longest * (per_token + per_reward_token) + 8 * (41 * per_token + (10 + 8) * per_reward_token)
+    budget = n_prompts_that_fit * per_prompt
+    found = decode(tiny_prompts, policy, reward, max_rows=48, kv_budget=budget)
+    assert max(arena_bytes) <= budget
+    for key, candidate in found.items():
+        assert candidate.token_ids == plain[key].token_ids[: candidate.n_tokens]
+
+
+def test_a_prompt_above_the_budget_is_refused_with_what_it_needs(
+    decode: Decode, tiny_prompts: Sequence[Prompt]
+) -> None:
+    found = decode(tiny_prompts[:1], kv_budget=1000)
+    assert {c.status for c in found.values()} == {"error"}
+    message = found[tiny_prompts[0].prompt_id, 0].error
+    assert message is not None and re.search(r"needs 0\.\d MB of keys and values, the budget is 0\.0 MB", message)
+
+
+def test_waves_stop_where_more_samples_no_longer_pay(
+    decode: Decode, plain: dict[Key, Candidate], tiny_prompts: Sequence[Prompt], table_reward: Any
+) -> None:
+    """Prompt 0 has a clear winner in its first wave, all others have equal scores."""
+    first = tiny_prompts[0].prompt_id
+    table = dict.fromkeys(plain, 0.0) | {(first, 1): 50.0}
+    policy = AdaptiveCuts((Fit(2, 0.0, 1.0, 1.0),), confidence=1.0, first_wave=2, min_gain=0.1)
+    found = decode(tiny_prompts, policy, table_reward(table), max_rows=8)
+    for key, candidate in found.items():
+        if key[0] == first:
+            assert candidate.finish_reason == ("cut", plain[key].finish_reason, *["skipped"] * 6)[key[1]]
+            assert candidate.token_ids == plain[key].token_ids[: (2, None, *[0] * 6)[key[1]]]
+        else:
+            assert (candidate.finish_reason, candidate.token_ids) == (plain[key].finish_reason, plain[key].token_ids)

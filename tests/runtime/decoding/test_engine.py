@@ -151,7 +151,7 @@ def test_n_above_max_rows_names_both(tiny_policy: LoadedModel) -> None:
 
 
 def test_cuts_need_a_reward(tiny_policy: LoadedModel) -> None:
-    with pytest.raises(ConfigError, match="need a reward"):
+    with pytest.raises(ConfigError, match="set a reward"):
         Engine(tiny_policy, SamplingConfig(), CutSchedule((8,), (0.5,)), None, 16)
 
 

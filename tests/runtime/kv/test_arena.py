@@ -16,7 +16,8 @@ def arena() -> Arena:
     arena = Arena(KVShape(2, 2, 3), SIZE, torch.float32, torch.device("cpu"))
     assert [arena.add(2, 3), arena.add(5, 1), arena.add(3, 2)] == [slice(0, 3), slice(3, 4), slice(4, 6)]
     for row in range(6):
-        arena.rows[:, :, row, :, :2] = row + 1
+        for layer in arena.rows:
+            layer[:, row, :, :2] = row + 1
         arena.row_tokens[row] = 2
     for prompt in range(3):
         arena.prompts[:, :, prompt] = 10 * (prompt + 1)
@@ -36,11 +37,11 @@ def test_moves_close_every_hole_with_few_copies(case: tuple[int, set[int]]) -> N
 
 
 def test_release_moves_rows_in_place(arena: Arena) -> None:
-    address = arena.rows.data_ptr()
+    address = arena.rows[0].data_ptr()
     arena.release([0, 2], n_slots=2)
     assert (arena.n_rows, arena.n_free_rows, arena.n_prompts) == (4, 2, 3)
-    assert arena.rows.data_ptr() == address
-    assert arena.rows[1, 0, :4, 0, 0, 0].tolist() == [5, 2, 6, 4]
+    assert arena.rows[0].data_ptr() == address
+    assert arena.rows[1][0, :4, 0, 0, 0].tolist() == [5, 2, 6, 4]
     assert arena.owners == [2, 0, 2, 1]
 
 
@@ -71,3 +72,34 @@ def test_equal_groups_in_order_need_no_index() -> None:
 
 def test_bytes_are_those_of_the_size(arena: Arena) -> None:
     assert arena.n_bytes == KVShape(2, 2, 3).n_bytes(SIZE.n_tokens, torch.float32)
+
+
+@pytest.mark.parametrize("change", ["fit", "resize"])
+def test_rows_keep_what_they_hold_when_they_grow_and_shrink(change: str) -> None:
+    size = ArenaSize(n_prompts=1, prompt_slots=1, n_rows=3, row_slots=100)
+    arena = Arena(KVShape(2, 2, 3), size, torch.float32, torch.device("cpu"))
+    arena.add(1, 3)
+    held = torch.randn(2, 2, 3, 2, 20, 3)
+    for layer, content in zip(arena.rows, held, strict=True):
+        layer[:, :, :, :20] = content
+    arena.row_tokens[:3] = 20
+    for n_tokens in (90, 40, 20, 99):
+        if change == "fit":
+            arena.fit(n_tokens)
+        else:
+            arena.resize(3, n_tokens + 1)
+        assert arena.n_slots > n_tokens or change == "resize"
+        assert all(torch.equal(layer[:, :, :, :20], content) for layer, content in zip(arena.rows, held, strict=True))
+    assert arena.row_tokens.tolist() == [20, 20, 20]
+
+
+def test_shorter_rows_leave_room_for_more() -> None:
+    size = ArenaSize(n_prompts=1, prompt_slots=1, n_rows=8, row_slots=100, row_tokens=8 * 32)
+    arena = Arena(KVShape(1, 1, 2), size, torch.float32, torch.device("cpu"))
+    assert [arena.n_rows_with(n_tokens) for n_tokens in (10, 31, 32, 99)] == [8, 8, 4, 2]
+    arena.add(1, 8)
+    arena.release([0, 1, 2, 3, 4, 5], n_slots=1)
+    arena.fit(99)
+    assert (arena.n_slots, arena.n_free_rows) == (100, 0)
+    arena.release([0, 1], n_slots=1)
+    assert arena.n_free_rows == 8
