@@ -293,11 +293,12 @@ def test_waves_stop_where_more_samples_no_longer_pay(
     """Prompt 0 has a clear winner in its first wave, all others have equal scores."""
     first = tiny_prompts[0].prompt_id
     table = dict.fromkeys(plain, 0.0) | {(first, 1): 50.0}
-    policy = AdaptiveCuts((Fit(2, 0.0, 1.0, 1.0),), confidence=1.0, first_wave=2, min_gain=0.1)
+    policy = AdaptiveCuts((Fit(2, 0.0, 1.0, 1.0),), confidence=1.0, first_wave=4, min_gain=0.1)
     found = decode(tiny_prompts, policy, table_reward(table), max_rows=8)
     for key, candidate in found.items():
         if key[0] == first:
-            assert candidate.finish_reason == ("cut", plain[key].finish_reason, *["skipped"] * 6)[key[1]]
-            assert candidate.token_ids == plain[key].token_ids[: (2, None, *[0] * 6)[key[1]]]
+            expected = plain[key].finish_reason if key[1] == 1 else "cut" if key[1] < 4 else "skipped"
+            assert candidate.finish_reason == expected
+            assert candidate.token_ids == plain[key].token_ids[: {"cut": 2, "skipped": 0}.get(expected)]
         else:
             assert (candidate.finish_reason, candidate.token_ids) == (plain[key].finish_reason, plain[key].token_ids)
