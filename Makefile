@@ -13,7 +13,7 @@ setup: $(READY)
 $(READY): pyproject.toml infra/constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report]'
 	touch $@
 
 demo: setup

@@ -26,13 +26,14 @@ from flows.cli_options import (
 )
 from flows.config import load_config
 from storage.lake import DatasetRef, Lake
-from tasks.settings import PipelineConfig
+from tasks.settings import PipelineConfig, StageConfig
 
 if TYPE_CHECKING:
     from prefect import Flow
 
 STAGE_HELP = {
     "generate": "Best-of-N candidates for prompts/NAME, with cuts or without.",
+    "calibrate": "Measure how far partial scores can be trusted, and propose a schedule of cuts.",
     "score": "Final scores of candidates/NAME.",
     "assemble": "Preference pairs from scored candidates/NAME.",
     "finetune": "Train the policy on preferences/NAME.",
@@ -172,7 +173,7 @@ def _run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, ver
     prepare_prefect(verbose)
     root = Lake.open(lake).root
     with progress_bars():
-        ref = _flow(stage)(config.stage(getattr(config, stage)), root)
+        ref = _flow(stage)(_stage_config(config, stage), root)
     described = _described(ref, lake)
     if as_json:
         emit(described)
@@ -183,8 +184,15 @@ def _run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, ver
     for key, value in stats.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             output().print(table(list(value[0]), [list(row.values()) for row in value]))
-        else:
+        elif not isinstance(value, dict) or not any(isinstance(inner, list) for inner in value.values()):
             output().print(f"  {key}: {cell(value)}")
+
+
+def _stage_config(config: PipelineConfig, stage: str) -> StageConfig:
+    if stage == "calibrate":
+        return config.stage(config.calibrate.model_copy(update={"generate": config.generate}))
+    found: StageConfig = getattr(config, stage)
+    return config.stage(found)
 
 
 def _flow(stage: str) -> "Flow[..., DatasetRef]":

@@ -48,8 +48,9 @@ SELECT * FROM c FULL JOIN p USING (dataset, "group") ORDER BY dataset, "group"
 """
 _CUTS = """
 CREATE VIEW cuts AS
-SELECT dataset, version, prompt_id, "group", candidate_index, cut.n_tokens, cut.score, cut.kept
-FROM (SELECT *, UNNEST(cuts) AS cut FROM candidates)
+SELECT dataset, version, prompt_id, "group", candidate_index, cut.n_tokens, cut.score, cut.kept, finish_reason,
+       final_score
+FROM (SELECT *, score AS final_score, UNNEST(cuts) AS cut FROM candidates)
 """
 
 

@@ -9,6 +9,7 @@ from typing import cast
 from uuid import UUID
 
 from prefect.artifacts import (
+    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -35,6 +36,12 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
     if rows:
         table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows]
         create_table_artifact(table, key=f"{key}-table", description=f"Per group: {ref}")
+
+
+def show_image(ref: DatasetRef, url: str, description: str) -> None:
+    """A picture beside a stage's summary; `url` may hold the picture itself."""
+    if _in_run():
+        create_image_artifact(url, key=f"{_key(f'{ref.kind}-{ref.name}')}-image", description=f"{description}: {ref}")
 
 
 def progress(label: str) -> Progress:

@@ -1,7 +1,7 @@
 """Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
 from prefect import task
@@ -11,12 +11,21 @@ from runtime.records import FINISHED
 from storage.lake import DatasetRef, Lake
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
+from tasks.calibration import read_calibration
 from tasks.errors import ConfigError
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.retries import retry_unless_user_error
 from tasks.rows import candidates_table, gather_candidates, prompts_of
 from tasks.settings import GenerateConfig
 from tasks.versions import Step, pin
+
+if TYPE_CHECKING:
+    from runtime.decoding.engine import Engine
+    from runtime.decoding.rejection import CutPolicy
+    from runtime.models import LoadedModel
+    from runtime.rewards.protocol import Reward
+
+CALIBRATED = ("calibrated", "adaptive")
 
 
 def prepare(config: GenerateConfig, lake: Lake) -> Step:
@@ -25,7 +34,9 @@ def prepare(config: GenerateConfig, lake: Lake) -> Step:
     if config.cut_policy != "none":
         models["reward"] = reward_identity(config, lake)
     inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
-    pinned = config.model_copy(update={"prompts": inputs["prompts"]})
+    if config.cut_policy in CALIBRATED:
+        inputs["calibration"] = pin(lake, config.calibration, f"candidates/{config.name}-calibration")
+    pinned = config.model_copy(update={role: inputs[role] for role in inputs})
     return Step("generate", "candidates", config.name, pinned, inputs, models)
 
 
@@ -43,10 +54,6 @@ def count_shards(step: Step, lake_root: str) -> int:
 @task(name="generate-shard", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
 def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     """Decode the candidates of one shard of prompts and write them; the number of candidates."""
-    from runtime.decoding.engine import Engine
-    from runtime.decoding.rejection import CutSchedule
-    from runtime.decoding.sampling import SamplingConfig
-
     config, lake = _config(step), Lake.open(lake_root)
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
@@ -55,23 +62,8 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     start = index * config.shard_prompts
     prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
     policy = load_policy_model(model_path(config.model, "policy", lake), config.dtype, config.device)
-    cuts, reward = CutSchedule(), None
-    if config.cut_policy == "schedule":
-        cuts = CutSchedule(tuple(config.cut_tokens), tuple(config.cut_keep), config.contrast)
-        reward = open_reward(config, lake)
-    sampling = SamplingConfig(
-        n=config.n,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        max_new_tokens=config.max_new_tokens,
-        seed=config.seed,
-        stop=tuple(config.stop),
-    )
-    budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
-    engine = Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
+    reward = None if config.cut_policy == "none" else open_reward(config, lake)
+    engine = open_engine(config, policy, cut_policy(config, lake), reward)
     answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
     table = candidates_table(prompts, answers, f"{config.model}@{policy.content_hash[:12]}", config.seed)
     writer.write(shard, table)
@@ -87,6 +79,50 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, groups)
     return ref
+
+
+def cut_policy(config: GenerateConfig, lake: Lake) -> "CutPolicy":
+    """The configured cuts; those that come from a calibration are read from its manifest."""
+    from runtime.decoding.adaptive import AdaptiveCuts
+    from runtime.decoding.rejection import CutSchedule, MemoryCuts
+
+    if config.cut_policy == "none":
+        return CutSchedule()
+    if config.cut_policy == "memory":
+        return MemoryCuts(config.cut_alpha)
+    if config.cut_policy == "schedule" and config.cut_target is not None:
+        return CutSchedule.for_compute(config.cut_tokens, config.cut_target, config.max_new_tokens, config.contrast)
+    if config.cut_policy == "schedule":
+        return CutSchedule(tuple(config.cut_tokens), tuple(config.cut_keep), config.contrast)
+    schedule, fits = read_calibration(config.calibration, lake)
+    if config.cut_policy == "calibrated":
+        return CutSchedule(*schedule, config.contrast)
+    return AdaptiveCuts(fits, config.confidence, config.contrast, config.first_wave, config.min_gain)
+
+
+def open_engine(config: GenerateConfig, policy: "LoadedModel", cuts: "CutPolicy", reward: "Reward | None") -> "Engine":
+    """The decoding engine as configured."""
+    from runtime.decoding.engine import Engine
+    from runtime.decoding.sampling import SamplingConfig
+
+    sampling = SamplingConfig(
+        n=config.n,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        max_new_tokens=config.max_new_tokens,
+        seed=config.seed,
+        stop=tuple(config.stop),
+    )
+    budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
+    return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
+
+
+def heldin_prompts(ref: str, lake: Lake) -> pa.Table:
+    """The training prompts of a version."""
+    return lake.read_table(lake.resolve(ref), "prompts", "train")
 
 
 def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
@@ -133,4 +169,4 @@ def _config(step: Step) -> GenerateConfig:
 
 
 def _prompts(step: Step, lake: Lake) -> pa.Table:
-    return lake.read_table(lake.resolve(step.inputs["prompts"]), "prompts", "train")
+    return heldin_prompts(step.inputs["prompts"], lake)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
 PromptFormat = Literal["chat", "text"]
+CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 RewardKind = Literal["classifier", "likelihood", "function"]
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
@@ -117,14 +118,44 @@ class GenerateConfig(RewardConfig):
     stop: list[str] = Field([], title="Stop strings", description="An answer ends before the first of them")
     max_new_tokens: int = Field(128, title="New tokens", description="At most, per candidate", ge=1)
     seed: int = Field(0, title="Seed", description="Of the sampling noise", ge=0, lt=2**31)
-    cut_policy: Literal["none", "schedule"] = Field(
-        "schedule", title="Cut policy", description="none: plain Best-of-N; schedule: drop the worst partial answers"
+    cut_policy: CutPolicyName = Field(
+        "schedule",
+        title="Cut policy",
+        description="none: plain Best-of-N; schedule: the worst partial answers stop at given token counts; "
+        "calibrated: the schedule that `winnow calibrate` proposed; adaptive: as many stay as the calibration leaves "
+        "in doubt; memory: the worst stop whenever the KV budget is full",
     )
     cut_tokens: list[int] = Field(
-        [10, 24], title="Cut tokens", description="Token counts at which partial answers are compared"
+        [10, 24], title="Cut tokens", description="Token counts at which partial answers are compared (schedule)"
     )
     cut_keep: list[float] = Field(
-        [0.5, 0.5], title="Cut keep", description="Fraction of a prompt's answers kept at each cut"
+        [0.5, 0.5], title="Cut keep", description="Fraction of a prompt's answers kept at each cut (schedule)"
+    )
+    cut_target: float | None = Field(
+        None,
+        title="Cut target",
+        description="Instead of cut_keep: the share of Best-of-N's tokens to spend, answers being max_new_tokens long",
+        gt=0,
+        le=1,
+    )
+    cut_alpha: float = Field(0.5, title="Cut alpha", description="Share that stops when memory is full", ge=0, lt=1)
+    calibration: str = Field(
+        "", title="Calibration", description="REF (calibrated, adaptive); empty: candidates/NAME-calibration, latest"
+    )
+    confidence: float = Field(
+        0.95, title="Confidence", description="With which those kept hold the winner (adaptive)", gt=0, le=1
+    )
+    first_wave: int | None = Field(
+        None,
+        title="First wave",
+        description="Candidates drawn before asking whether more are worth it (adaptive)",
+        ge=2,
+    )
+    min_gain: float = Field(
+        0.05,
+        title="Least gain",
+        description="Expected gain of a further wave, in standard deviations of the scores (adaptive)",
+        ge=0,
     )
     contrast: int = Field(
         1, title="Contrast", description="Losers of the first cut that still run to completion, for pairs", ge=0
@@ -139,7 +170,9 @@ class GenerateConfig(RewardConfig):
     def _fits(self) -> Self:
         if self.n > self.max_rows:
             raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
-        if len(self.cut_tokens) != len(self.cut_keep):
+        if self.cut_policy == "memory" and self.kv_budget_mb is None:
+            raise ValueError('cut_policy = "memory" needs kv_budget_mb; set it or use "schedule"')
+        if self.cut_target is None and len(self.cut_tokens) != len(self.cut_keep):
             raise ValueError(
                 f"cut_tokens has {len(self.cut_tokens)} entries, cut_keep {len(self.cut_keep)}; give one each"
             )
@@ -149,6 +182,36 @@ class GenerateConfig(RewardConfig):
             raise ValueError("stop has an empty string; remove it")
         if any(not 0 < keep <= 1 for keep in self.cut_keep):
             raise ValueError(f"cut_keep = {self.cut_keep} must be above 0 and at most 1")
+        return self
+
+
+class CalibrateConfig(StageConfig):
+    """How far partial scores are to be trusted: Best-of-N in full on some prompts, scored along the way."""
+
+    generate: GenerateConfig = Field(
+        GenerateConfig(), title="Generate", description="The decoding to calibrate; its cuts are ignored"
+    )
+    max_prompts: int = Field(32, title="Prompts", description="How many to measure on", ge=1)
+    tokens: list[int] = Field(
+        [4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256],
+        title="Token counts",
+        description="At which answers are scored",
+        min_length=1,
+    )
+    retained: float = Field(
+        0.99,
+        title="Gain retained",
+        description="Of the best score over the mean one, by the proposed schedule",
+        gt=0,
+        le=1,
+    )
+
+    @model_validator(mode="after")
+    def _rise(self) -> Self:
+        if self.tokens != sorted(set(self.tokens)) or self.tokens[0] < 1:
+            raise ValueError(f"tokens = {self.tokens} must be positive and rise")
+        if self.generate.n < 2:
+            raise ValueError(f"generate.n = {self.generate.n}: a calibration compares candidates; set at least 2")
         return self
 
 
@@ -243,6 +306,9 @@ class PipelineConfig(BaseModel):
     name: str = Field("main", title="Name", description="Name of all its datasets", pattern=NAME_PATTERN)
     ingest: IngestConfig = Field(IngestConfig(), title="Ingest", description="Where prompts come from")
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate", description="Best-of-N decoding")
+    calibrate: CalibrateConfig = Field(
+        CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
+    )
     score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
     assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
     finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")

@@ -17,7 +17,19 @@ __all__ = ["config", "lake"]  # fixtures
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("ingest", "generate", "score", "assemble", "finetune", "evaluate", "export")
-COMMANDS = ("demo", "run", *STAGES, "plan", "query", "catalog", "datasets", "show", "starter build", "starter check")
+COMMANDS = (
+    "demo",
+    "run",
+    *STAGES,
+    "calibrate",
+    "plan",
+    "query",
+    "catalog",
+    "datasets",
+    "show",
+    "starter build",
+    "starter check",
+)
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
