@@ -1,113 +1,62 @@
-"""Best-of-N with and without speculative rejection: tokens, time and the winner's score, on the starter.
+"""Speculative rejection against Best-of-N on the same engine: tokens, time, and the winner's score, on the starter.
 
-    .venv/bin/python tests/benchmarks/bench_rejection.py [--prompts 24] [--n 16 64] [--device cuda]
+    .venv/bin/python tests/benchmarks/bench_rejection.py [--n 64 256] [--prompts 40] [--device cuda]
 
-Both arms run the same engine in the same process, alternating; noise is keyed by candidate, so the rows that survive
-are the same rows. Prints a table and writes bench-results/rejection.json.
+The schedule comes from a calibration on other prompts. Noise is keyed by candidate, so the rows that survive are the
+same rows. Gain: the winner's score over the mean score of one sample, as a share of what Best-of-N gains; its interval
+is a bootstrap over prompts. Improvement is the paper's score (arXiv 2410.20290): 100 is Best-of-N.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
-from pathlib import Path
 
-import torch
+from harness import interval, options, show
+from starter_runs import Starter, calibrated, measure, prompts
 
-from runtime.decoding.engine import Engine
-from runtime.decoding.rejection import CutSchedule
-from runtime.decoding.sampling import SamplingConfig
-from runtime.models import load_classifier, load_policy
-from runtime.records import Message, Prompt
-from runtime.rewards.classifier import ClassifierReward
-from runtime.starter import path, prompts_path
-from runtime.starter.rule import truth
-
-ARMS = {
-    "best-of-N": CutSchedule((), ()),
-    "rejection": CutSchedule((6, 16, 32), (0.35, 0.15, 0.5)),
-}
-OUTPUT = Path("bench-results/rejection.json")
+from runtime.decoding.rejection import CutPolicy, CutSchedule
 
 
 def main() -> None:
-    options = _options()
-    torch.set_num_threads(options.threads)
-    prompts = _prompts(options.prompts)
-    policy = load_policy(str(path("policy")), device=options.device)
-    reward = ClassifierReward(load_classifier(str(path("reward")), device=options.device), "chat")
-    rows = []
-    for n in options.n:
-        runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-        for _ in range(options.repeats + 1):  # the first repeat warms up and is dropped
-            for arm, cuts in ARMS.items():
-                engine = Engine(policy, SamplingConfig(n=n), cuts, reward, max(128, n), "chat")
-                runs[arm].append(_measure(engine, reward, prompts))
-        rows += [{"n": n, "arm": arm} | _median(runs[arm][1:]) for arm in ARMS]
-    _print(rows)
-    OUTPUT.parent.mkdir(exist_ok=True)
-    machine = {"machine": platform.machine(), "threads": options.threads, "device": options.device}
-    OUTPUT.write_text(json.dumps({"settings": vars(options), "machine": machine, "rows": rows}, indent=2))
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--n", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-def _prompts(count: int) -> list[Prompt]:
-    rows = [json.loads(line) for line in prompts_path().read_text().splitlines()[:count]]
-    return [
-        Prompt(f"bench-{i}", (Message("user", row["messages"][0]["content"]),), row["group"], row["reference"])
-        for i, row in enumerate(rows)
-    ]
-
-
-def _measure(engine: Engine, reward: ClassifierReward, prompts: list[Prompt]) -> dict[str, float]:
-    """One run: decode, score the finished answers, take each prompt's best; seconds include all of it."""
-    started = time.perf_counter()
-    answers = list(engine.generate(prompts))
-    best_scores, best_truths = [], []
-    for prompt, candidates in zip(prompts, answers, strict=True):
-        finished = [c for c in candidates if c.finish_reason in ("eos", "length")]
-        scores = [s.value for s in reward.score([prompt] * len(finished), [c.response for c in finished])]
-        best = max(range(len(finished)), key=lambda i: scores[i])
-        best_scores.append(scores[best])
-        best_truths.append(truth(prompt, finished[best].response))
-    seconds = time.perf_counter() - started
-    tokens = sum(c.n_tokens for candidates in answers for c in candidates)
-    return {
-        "seconds": seconds,
-        "tokens": tokens,
-        "best_score": statistics.mean(best_scores),
-        "truth_of_best": statistics.mean(best_truths),
-    }
-
-
-def _median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-
-def _print(rows: list[dict[str, float]]) -> None:
-    print(f"{'N':>4} {'arm':10} {'seconds':>8} {'tokens':>8} {'score of best':>14} {'truth of best':>14}")
-    for row in rows:
-        print(
-            f"{row['n']:>4} {row['arm']:10} {row['seconds']:8.2f} {row['tokens']:8.0f} "
-            f"{row['best_score']:14.3f} {row['truth_of_best']:14.3f}"
-        )
-    for full, cut in zip(rows[0::2], rows[1::2], strict=True):
-        print(
-            f"N={full['n']}: rejection takes {cut['tokens'] / full['tokens']:.2f}x the tokens "
-            f"and {cut['seconds'] / full['seconds']:.2f}x the time of best-of-N"
-        )
+    settings = options(__doc__, n=[64, 256], prompts=40, calibration_prompts=24, retained=0.995)
+    starter = Starter.load(settings.device)
+    rows: list[dict[str, object]] = []
+    for n in settings.n:
+        asked = prompts(settings.calibration_prompts, settings.prompts)
+        found = calibrated(starter, prompts(0, settings.calibration_prompts), n, settings.retained)
+        print(f"N={n}: cuts at {list(found.tokens)} tokens keep {list(found.keep)}")
+        arms: dict[str, CutPolicy] = {"best-of-N": CutSchedule(), "rejection": CutSchedule(found.tokens, found.keep)}
+        runs = {arm: [measure(starter, starter.engine(n, cuts), asked[:2])] for arm, cuts in arms.items()}  # warm-up
+        for _ in range(settings.repeats):
+            for arm, cuts in arms.items():
+                runs[arm].append(measure(starter, starter.engine(n, cuts), asked))
+        full, cut = runs["best-of-N"][-1], runs["rejection"][-1]
+        means = [statistics.fmean(scores) for scores in full.all_scores]
+        gains = [best - mean for best, mean in zip(full.best, means, strict=True)]
+        kept = [best - mean for best, mean in zip(cut.best, means, strict=True)]
+        share = statistics.fmean(kept) / statistics.fmean(gains)
+        low, high = interval([k / statistics.fmean(gains) for k in kept])
+        spreads = [max(scores) - min(scores) for scores in full.all_scores]
+        lost = [(a - b) / spread for a, b, spread in zip(cut.best, full.best, spreads, strict=True) if spread > 0]
+        seconds = {arm: statistics.median(run.seconds for run in runs[arm][1:]) for arm in arms}
+        for arm, run in (("best-of-N", full), ("rejection", cut)):
+            is_cut = arm == "rejection"
+            rows.append(
+                {
+                    "n": n,
+                    "arm": arm,
+                    "tokens": run.tokens,
+                    "seconds": seconds[arm],
+                    "x tokens": run.tokens / full.tokens,
+                    "x seconds": seconds[arm] / seconds["best-of-N"],
+                    "score of best": statistics.fmean(run.best),
+                    "gain": share if is_cut else 1.0,
+                    "95 %": f"{low:.3f} to {high:.3f}" if is_cut else None,
+                    "improvement": 100 * (1 + statistics.fmean(lost)) if is_cut else 100.0,
+                    "truth": statistics.fmean(run.truths),
+                }
+            )
+    show("rejection", settings, rows)
 
 
 if __name__ == "__main__":

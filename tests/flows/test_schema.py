@@ -10,6 +10,7 @@ from prefect.utilities.callables import parameter_schema
 
 from tasks.plan import STAGES
 
+FLOWS = (*STAGES, "calibrate", "pipeline")
 GOLDEN = Path(__file__).parent / "parameter_schemas.json"
 
 
@@ -28,7 +29,7 @@ def _walk(value: object) -> Iterator[dict[str, object]]:
             yield from _walk(inner)
 
 
-@pytest.mark.parametrize("name", [*STAGES, "calibrate", "pipeline"])
+@pytest.mark.parametrize("name", FLOWS)
 def test_every_field_has_a_title_and_a_description_and_no_union_breaks_the_form(name: str) -> None:
     schema = _schema(name)
     assert not [node for node in _walk(schema) if "oneOf" in node or "discriminator" in node]
@@ -42,7 +43,7 @@ def test_every_field_has_a_title_and_a_description_and_no_union_breaks_the_form(
 
 
 def test_the_forms_are_the_golden_ones() -> None:
-    shown = json.dumps({name: _schema(name) for name in [*STAGES, "calibrate", "pipeline"]}, indent=1, sort_keys=True) + "\n"
+    shown = json.dumps({name: _schema(name) for name in FLOWS}, indent=1, sort_keys=True) + "\n"
     if not GOLDEN.exists():
         GOLDEN.write_text(shown)
     assert shown == GOLDEN.read_text(), f"a form changed; delete {GOLDEN.name} to accept it"
