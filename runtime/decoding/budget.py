@@ -72,7 +72,7 @@ class ElasticCosts(Costs):
     def bytes(self, n_prompt_tokens: int) -> int:
         """See Costs: all rows short, or one of them whole."""
         n_least = max(self.sampling.n * min(SLOT_STEP, self._row_slots), self._row_slots)
-        return self.prompt_bytes(n_prompt_tokens) + n_least * self._both
+        return self.prompt_bytes(n_prompt_tokens) + n_least * self.bytes_per_token
 
     def plan(self, lengths: Sequence[int], max_rows: int) -> ArenaSize:
         """See Costs: one prompt at a time, with as many tokens of rows as the budget leaves."""
@@ -80,9 +80,5 @@ class ElasticCosts(Costs):
         if not lengths:
             return ArenaSize(0, 0, 0, self._row_slots)
         n, longest = self.sampling.n, max(lengths)
-        n_tokens = min(n * self._row_slots, (self.budget - self.prompt_bytes(longest)) // self._both)
+        n_tokens = min(n * self._row_slots, (self.budget - self.prompt_bytes(longest)) // self.bytes_per_token)
         return ArenaSize(1, longest, n, self._row_slots, n_tokens)
-
-    @property
-    def _both(self) -> int:
-        return self.bytes_per_token + self.reward_bytes_per_token

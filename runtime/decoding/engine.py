@@ -20,7 +20,7 @@ from runtime.kv.attention import install, logits_of, run
 from runtime.kv.passes import PrefillPass, RowsPass
 from runtime.models import LoadedModel, PromptFormat, encode_prompt, stop_ids
 from runtime.records import Candidate, FinishReason, Progress, Prompt
-from runtime.rewards.protocol import Reward
+from runtime.rewards.protocol import RescoringSession, Reward, RewardSession
 
 
 class Engine:
@@ -67,10 +67,19 @@ class Engine:
         """Whether memory, not a token count, says when to cut."""
         return isinstance(self.cuts, MemoryCuts) and self.cuts.is_cutting
 
+    def open_session(self, job: Job) -> RewardSession:
+        """What scores the partial answers of a prompt; where memory is what is short, it keeps texts only."""
+        assert self.reward is not None
+        prompts = [job.prompt] * len(job.candidates)
+        if self.cuts_when_full and self.reward.kv_bytes_per_token:
+            return RescoringSession(self.reward, prompts)
+        return self.reward.start(prompts)
+
     def _costs(self) -> Costs:
         model = self.policy.model
         per_token = KVShape.of(model).n_bytes(1, model.dtype)
-        per_reward_token = self.reward.kv_bytes_per_token if self.reward is not None and self.cuts.is_cutting else 0
+        keeps_rewards = self.reward is not None and self.cuts.is_cutting and not self.cuts_when_full
+        per_reward_token = self.reward.kv_bytes_per_token if self.reward is not None and keeps_rewards else 0
         n_survivors = self.cuts.n_survivors(self.sampling.n)
         kind = ElasticCosts if self.cuts_when_full else Costs
         n_scored = max(self.cuts.tokens, default=0)
@@ -128,7 +137,7 @@ class _Run:
         for job in jobs:
             self.rows.add(job, self.arena.add(len(job.prompt_ids), len(job.wave)), self.sampling.seed)
             if self.engine.reward is not None and job.cuts.policy.is_cutting:
-                job.session = self.engine.reward.start([job.prompt] * len(job.candidates))
+                job.session = self.engine.open_session(job)
             job.n_tokens = 1
         lengths = torch.tensor([len(job.prompt_ids) for job in jobs], device=device)
         padded = [torch.tensor(job.prompt_ids, device=device) for job in jobs]

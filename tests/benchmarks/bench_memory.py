@@ -1,6 +1,6 @@
 """Keys and values in use over time: Best-of-N against cuts when memory is full (Figure 1 of arXiv 2410.20290).
 
-    .venv/bin/python tests/benchmarks/bench_memory.py [--n 512] [--budget-mb 48]
+    .venv/bin/python tests/benchmarks/bench_memory.py [--n 512] [--budget-mb 80]
 
 One prompt of the starter. Best-of-N has the same budget, and so fewer rows at a time: its candidates come in batches.
 Writes bench-results/memory.json and memory.png.
@@ -23,7 +23,7 @@ from runtime.kv.passes import RowsPass
 
 
 def main() -> None:
-    settings = options(__doc__, n=512, budget_mb=48, alpha=0.5)
+    settings = options(__doc__, n=512, budget_mb=80, alpha=0.5)
     starter = Starter.load(settings.device)
     budget = settings.budget_mb * 1_000_000
     per_token = KVShape.of(starter.policy.model).n_bytes(1, torch.float32)
@@ -76,7 +76,7 @@ class Recorder:
 
         def noted(self: RowsPass, arena: Arena, n_new: int, *args: object) -> None:
             original(self, arena, n_new, *args)  # type: ignore[arg-type]
-            if n_new == 1 and not args[1:]:  # the policy's steps, not the reward model's
+            if n_new == 1:
                 live = int(arena.row_tokens[: arena.n_rows].sum()) + sum(arena.prompt_lengths)
                 recorder.used.append(live * recorder.per_token)
                 recorder.allocated = max(recorder.allocated, arena.n_bytes)

@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/bench_scaling.py [--prompts 10 100 1000] [--n 16 64 256 1024]
 
-Prompts grow at N = 8 with 64 rows; N grows at 4 prompts with 256 rows, or N where that is more. No cuts.
+Prompts grow at N = 16 with 32 rows; N grows at 4 prompts with 256 rows, or N where that is more. No cuts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     settings = options(__doc__, prompts=[10, 100, 1000], n=[16, 64, 256, 1024])
     starter = Starter.load(settings.device)
     rows: list[dict[str, object]] = []
-    cases = [("prompts", count, 8, 64) for count in settings.prompts]
+    cases = [("prompts", count, 16, 32) for count in settings.prompts]
     cases += [("n", 4, n, max(256, n)) for n in settings.n]
     list(starter.engine(8, CutSchedule(), 64).generate(prompts(0, 10)))
     for axis, n_prompts, n, max_rows in cases:
