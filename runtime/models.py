@@ -60,6 +60,17 @@ def load_classifier(source: str, dtype: str = "float32", device: str = "cpu") ->
     return _load(source, dtype, device, AutoModelForSequenceClassification)
 
 
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub name, for a model that is served elsewhere."""
+    folder = _resolve(source)
+    try:
+        with quiet():
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {source!r}: {_first_line(error)}") from error
+    return found
+
+
 def content_hash(source: str) -> str:
     """sha256 hex over the names and bytes of the files that loading reads."""
     digest = hashlib.sha256()
@@ -86,6 +97,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     bare_ids = _encode(tokenizer, text, add_special_tokens=False)
     has_closing_end = len(token_ids) > 1 and token_ids[-1] == tokenizer.eos_token_id
     return token_ids[:-1] if has_closing_end and bare_ids[-1:] != token_ids[-1:] else token_ids
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], format: PromptFormat) -> str:
+    """The text of `encode_prompt`, for a server that tokenizes by itself.
+
+    Servers put the tokenizer's start token in front of a text, so one that the chat template writes is left out.
+    """
+    if format == "text":
+        if len(messages) != 1:
+            raise InputError(f'a prompt of {len(messages)} messages cannot be raw text; set prompt_format = "chat"')
+        return messages[0].content
+    text = _render(tokenizer, messages, add_generation_prompt=True)
+    start = tokenizer.bos_token
+    adds_start = start is not None and _encode(tokenizer, "", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(str(start)) if adds_start else text
 
 
 def encode_answer(

@@ -15,8 +15,8 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_image, show_stage
 from tasks.calibration import KEY, Calibration, StoredFit
 from tasks.errors import ConfigError
-from tasks.generate import heldin_prompts, open_engine
-from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
+from tasks.generate import heldin_prompts, model_label, open_engine
+from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.retries import retry_unless_user_error
 from tasks.rows import candidates_table, prompts_of, rows_of
 from tasks.score import scored_table
@@ -64,13 +64,13 @@ def answer(step: Step, lake_root: str) -> int:
         raise ConfigError(f"{step.inputs['prompts']} has no training prompts; lower ingest.heldout_fraction")
     prompts = prompts_of(rows)
     generate = config.generate
-    policy = load_policy_model(model_path(generate.model, "policy", lake), generate.dtype, generate.device)
+    path = model_path(generate.model, "policy", lake)
     tokens = [n for n in config.tokens if n < generate.max_new_tokens]
     # Cuts that keep everyone only score everyone.
     cuts = CutSchedule(tuple(tokens), (1.0,) * len(tokens))
-    engine = open_engine(generate, policy, cuts, open_reward(generate, lake))
+    engine = open_engine(generate, path, cuts, open_reward(generate, lake))
     answers = list(engine.generate(prompts, progress(f"{step.name} answers")))
-    table = candidates_table(prompts, answers, f"{generate.model}@{policy.content_hash[:12]}", generate.seed)
+    table = candidates_table(prompts, answers, model_label(generate.model, path), generate.seed)
     writer.write(SHARD, scored_table(table, rows, generate, lake))
     return int(table.num_rows)
 

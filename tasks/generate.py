@@ -22,7 +22,7 @@ from tasks.versions import Step, pin
 if TYPE_CHECKING:
     from runtime.decoding.engine import Engine
     from runtime.decoding.rejection import CutPolicy
-    from runtime.models import LoadedModel
+    from runtime.decoding.server import ServerEngine
     from runtime.rewards.protocol import Reward
 
 CALIBRATED = ("calibrated", "adaptive")
@@ -61,11 +61,11 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     use_threads(config.threads)
     start = index * config.shard_prompts
     prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
-    policy = load_policy_model(model_path(config.model, "policy", lake), config.dtype, config.device)
+    path = model_path(config.model, "policy", lake)
     reward = None if config.cut_policy == "none" else open_reward(config, lake)
-    engine = open_engine(config, policy, cut_policy(config, lake), reward)
+    engine = open_engine(config, path, cut_policy(config, lake), reward)
     answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
-    table = candidates_table(prompts, answers, f"{config.model}@{policy.content_hash[:12]}", config.seed)
+    table = candidates_table(prompts, answers, model_label(config.model, path), config.seed)
     writer.write(shard, table)
     return int(table.num_rows)
 
@@ -100,10 +100,14 @@ def cut_policy(config: GenerateConfig, lake: Lake) -> "CutPolicy":
     return AdaptiveCuts(fits, config.confidence, config.contrast, config.first_wave, config.min_gain)
 
 
-def open_engine(config: GenerateConfig, policy: "LoadedModel", cuts: "CutPolicy", reward: "Reward | None") -> "Engine":
-    """The decoding engine as configured."""
+def open_engine(
+    config: GenerateConfig, path: str, cuts: "CutPolicy", reward: "Reward | None"
+) -> "Engine | ServerEngine":
+    """What decodes with the policy in `path`: the engine here, or a server that serves the same policy."""
     from runtime.decoding.engine import Engine
     from runtime.decoding.sampling import SamplingConfig
+    from runtime.decoding.server import Server, ServerEngine
+    from runtime.models import load_tokenizer
 
     sampling = SamplingConfig(
         n=config.n,
@@ -116,8 +120,25 @@ def open_engine(config: GenerateConfig, policy: "LoadedModel", cuts: "CutPolicy"
         seed=config.seed,
         stop=tuple(config.stop),
     )
+    if config.server:
+        server = Server(
+            config.server,
+            config.server_model,
+            config.server_concurrency,
+            config.server_timeout,
+            extra=config.server_extra,
+        )
+        return ServerEngine(server, load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
+    policy = load_policy_model(path, config.dtype, config.device)
     budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
     return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
+
+
+def model_label(model: str, path: str) -> str:
+    """How a policy is named in the candidates table."""
+    from runtime.models import content_hash
+
+    return f"{model}@{content_hash(path)[:12]}"
 
 
 def heldin_prompts(ref: str, lake: Lake) -> pa.Table:

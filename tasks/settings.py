@@ -5,7 +5,7 @@ Every field goes into the fingerprint of its stage: changing one makes a new ver
 
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
@@ -164,12 +164,28 @@ class GenerateConfig(RewardConfig):
     kv_budget_mb: int | None = Field(
         None, title="KV budget", description="Megabytes for keys and values, the reward model's included", ge=1
     )
+    server: str = Field(
+        "",
+        title="Server",
+        description="URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, that serves the policy; "
+        "empty: decode here. Its key is read from OPENAI_API_KEY",
+    )
+    server_model: str = Field("", title="Model on the server", description="The policy's name there (server)")
+    server_concurrency: int = Field(16, title="Requests", description="In flight at once (server)", ge=1, le=4096)
+    server_timeout: float = Field(120.0, title="Timeout", description="Seconds per request (server)", gt=0)
+    server_extra: dict[str, JsonValue] = Field(
+        {}, title="Further fields", description="Sent with every request, such as {top_k = 50} (server)"
+    )
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.n > self.max_rows:
             raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
+        if bool(self.server) != bool(self.server_model):
+            raise ValueError(f'server = "{self.server}" and server_model = "{self.server_model}": set both or none')
+        if self.server and self.cut_policy == "memory":
+            raise ValueError('cut_policy = "memory" needs the keys and values here; use "schedule" with a server')
         if self.cut_policy == "memory" and self.kv_budget_mb is None:
             raise ValueError('cut_policy = "memory" needs kv_budget_mb; set it or use "schedule"')
         if self.cut_target is None and len(self.cut_tokens) != len(self.cut_keep):

@@ -14,7 +14,7 @@ from runtime.decoding.rejection import CutPolicy, MemoryCuts
 from runtime.decoding.rows import RowTable
 from runtime.decoding.sampling import SamplingConfig, penalise, sample
 from runtime.decoding.scheduler import Job, Scheduler
-from runtime.errors import ConfigError, InputError, PromptTooLong
+from runtime.errors import ConfigError, InputError, ModelError, PromptTooLong
 from runtime.kv.arena import Arena, ArenaSize, KVShape
 from runtime.kv.attention import install, logits_of, run
 from runtime.kv.passes import PrefillPass, RowsPass
@@ -35,8 +35,13 @@ class Engine:
         max_rows: int,
         prompt_format: PromptFormat = "chat",
         kv_budget: int | None = None,
+        settle_every: int | None = None,
     ) -> None:
-        """kv_budget: bytes that the keys and values of policy and reward may take together; None: no bound."""
+        """kv_budget: bytes that the keys and values of policy and reward may take together; None: no bound.
+
+        settle_every: steps after which finished rows leave at the latest. Asking a GPU who has finished makes it wait,
+        so it is asked seldom; what was decoded behind an end is dropped. None: 1 on a CPU, 8 on a GPU.
+        """
         if isinstance(cuts, MemoryCuts) and kv_budget is None:
             raise ConfigError("cuts when memory is full need a kv_budget; set one or use a schedule")
         if sampling.n > max_rows:
@@ -46,6 +51,7 @@ class Engine:
         install(policy.model)
         self.policy, self.sampling, self.cuts = policy, sampling, cuts
         self.reward, self.max_rows, self.prompt_format, self.kv_budget = reward, max_rows, prompt_format, kv_budget
+        self.settle_every = settle_every or (1 if policy.model.device.type == "cpu" else 8)
         n_vocabulary = int(policy.model.config.vocab_size)
         self.is_stop = torch.zeros(n_vocabulary, dtype=torch.bool, device=policy.model.device)
         self.is_stop[[token for token in stop_ids(policy) if token < n_vocabulary]] = True
@@ -121,13 +127,27 @@ class _Run:
         yield from self.scheduler.results()
         while self.scheduler.has_work:
             jobs = self.scheduler.start_next(self.arena.n_free_rows, self.arena.n_free_prompts)
+            n_steps = 1
             if jobs:
                 self._prefill(jobs)
             else:
-                self._step()
-            if self._settle() and on_progress is not None:
+                n_steps = self._steps_to_settle()
+                for _ in range(n_steps):
+                    self._step()
+            if self._settle(n_steps) and on_progress is not None:
                 on_progress(self.n_jobs - self.scheduler.n_unfinished, self.n_jobs)
             yield from self.scheduler.results()
+
+    def _steps_to_settle(self) -> int:
+        """Steps until somebody is cut or at full length, or until it is time to look who has finished."""
+        if self.sampling.stop or self.engine.cuts_when_full:
+            return 1
+        steps = self.engine.settle_every
+        for job in self.scheduler.running:
+            cut = job.cuts.next_tokens
+            ends = [self.sampling.max_new_tokens, *([cut] if cut is not None and cut > job.n_tokens else [])]
+            steps = min(steps, min(ends) - job.n_tokens)
+        return steps
 
     @torch.inference_mode()
     def _prefill(self, jobs: Sequence[Job]) -> None:
@@ -172,14 +192,23 @@ class _Run:
         tokens = sample(logits, self.rows.keys[rows], self.rows.n_sampled[rows], self.sampling)
         self.rows.append(rows, tokens)
 
-    def _settle(self) -> bool:
-        """Let finished and cut rows leave. True when a prompt became complete."""
+    @torch.inference_mode()
+    def _settle(self, n_steps: int) -> bool:
+        """Let rows leave that finished in the last `n_steps` steps or are cut. True when a prompt became complete."""
         n_live = self.arena.n_rows
-        at_end = self.engine.is_stop[self.rows.last[:n_live]]
-        is_done = at_end | (self.rows.n_sampled[:n_live] >= self.sampling.max_new_tokens)
-        leaving: dict[int, FinishReason] = dict.fromkeys(is_done.nonzero().flatten().tolist(), "length")
+        newest = self.rows.newest(n_live, n_steps)
+        # How many of the newest tokens come after the first end; -1 where none is. One question to the device.
+        ends = self.engine.is_stop[newest].long()
+        n_behind = torch.where(ends.any(1), n_steps - 1 - ends.argmax(1), -1)
+        is_full = self.rows.n_sampled[:n_live] >= self.sampling.max_new_tokens
+        is_broken = (newest < 0).any(1)
+        behind, full, broken = torch.stack((n_behind, is_full, is_broken)).tolist()
+        if any(broken):
+            raise ModelError(f"the policy computes logits that are not finite in {self.model.dtype}; use float32")
+        self.rows.n_sampled[:n_live] -= n_behind.clamp(min=0)
+        leaving: dict[int, FinishReason] = {row: "length" for row in range(n_live) if full[row]}
         leaving |= dict.fromkeys(self._at_stop_string(n_live), "stop")
-        leaving |= dict.fromkeys(at_end.nonzero().flatten().tolist(), "eos")
+        leaving |= {row: "eos" for row in range(n_live) if behind[row] >= 0}
         for row, reason in leaving.items():
             self._close(row, reason)
         gone = set(leaving)

@@ -45,10 +45,15 @@ class RowTable:
         """Record one sampled token for each row of `rows`."""
         index = torch.arange(rows.start, rows.stop, device=tokens.device)
         self.tokens[index, self.n_sampled[rows]] = tokens
-        self.last[rows] = tokens
+        self.last[rows] = tokens.clamp(min=0)
         if self.seen.shape[1]:
-            self.seen[index, tokens] = True
+            self.seen[index, tokens.clamp(min=0)] = True
         self.n_sampled[rows] += 1
+
+    def newest(self, n_live: int, n_steps: int) -> Tensor:
+        """The tokens of the last `n_steps` steps, (rows, steps)."""
+        ahead = torch.arange(-n_steps, 0, device=self.tokens.device)
+        return self.tokens[:n_live].gather(1, self.n_sampled[:n_live, None] + ahead)
 
     def sampled(self, row: int) -> list[int]:
         """Token ids that `row` has sampled."""

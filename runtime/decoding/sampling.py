@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.errors import ConfigError, ModelError
+from runtime.errors import ConfigError
 from runtime.randomness import gumbel
 
 HEAD_TOKENS = 256  # how many of the most likely tokens top_p looks at first
@@ -51,21 +51,20 @@ class SamplingConfig:
 
 
 def sample(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig) -> Tensor:
-    """Next token ids, int64 of shape (rows,); ModelError when a row's largest logit is not finite.
+    """Next token ids, int64 of shape (rows,); -1 for a row whose largest logit is not finite.
 
     logits: (rows, vocabulary); keys: int64 (rows,) from `row_key`; position: int64 (rows,), tokens sampled so far.
     """
     if config.temperature == 0:
         best, tokens = logits.max(dim=-1)
-        _check_finite(best)
-        return tokens
+        return _checked(tokens, best)
     if config.top_k == 0 and config.top_p == 1:
         return _sample_all(_scaled(logits, config), keys, position, config)
     support, token_ids = _truncate(logits, config)
-    _check_finite(support[:, 0])
-    support = _above_min_p(support, support[:, :1], config)
+    best = support[:, 0]
+    support = _above_min_p(support, best[:, None], config)
     choice = gumbel(keys, position, token_ids).add_(support).argmax(dim=-1, keepdim=True)
-    return token_ids.gather(-1, choice).squeeze(-1)
+    return _checked(token_ids.gather(-1, choice).squeeze(-1), best)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -98,11 +97,10 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _sample_all(scaled: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig) -> Tensor:
     best = scaled.amax(dim=-1, keepdim=True)
-    _check_finite(best)
     scaled = _above_min_p(scaled, best, config)
     n_rows, n_vocabulary = scaled.shape
     if n_vocabulary <= FLAT_VOCABULARY:
-        return gumbel(keys, position, n_vocabulary).add_(scaled).argmax(dim=-1)
+        return _checked(gumbel(keys, position, n_vocabulary).add_(scaled).argmax(dim=-1), best[:, 0])
     # The best of perturbed logits is distributed as one perturbed log-sum-exp, so a block can be drawn before its
     # token: one noise per block instead of one per token.
     n_blocks = -(-n_vocabulary // BLOCK_TOKENS)
@@ -115,7 +113,7 @@ def _sample_all(scaled: Tensor, keys: Tensor, position: Tensor, config: Sampling
     within = torch.arange(BLOCK_TOKENS, device=scaled.device)
     token_ids = block[:, None] + within * n_blocks
     chosen = gumbel(keys, position, token_ids).add_(scaled.gather(-1, token_ids)).argmax(dim=-1, keepdim=True)
-    return token_ids.gather(-1, chosen).squeeze(-1)
+    return _checked(token_ids.gather(-1, chosen).squeeze(-1), best[:, 0])
 
 
 def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -137,7 +135,7 @@ def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     # A short head holds the kept tokens of almost every row: sorting the whole vocabulary is the exception.
     support, token_ids = top_k(scaled, min(HEAD_TOKENS, n_vocabulary))
     lowest = _lowest_kept(support, total, config.top_p)
-    if support.shape[-1] < n_vocabulary and bool((lowest == support[:, -1:]).any()):
+    if support.shape[-1] < n_vocabulary and (logits.is_cuda or bool((lowest == support[:, -1:]).any())):
         support, token_ids = scaled.sort(dim=-1, descending=True)
         lowest = _lowest_kept(support, total, config.top_p)
     return support.masked_fill(support < lowest, -torch.inf), token_ids
@@ -156,9 +154,9 @@ def _above_min_p(scaled: Tensor, best: Tensor, config: SamplingConfig) -> Tensor
     return scaled.masked_fill(scaled < best + math.log(config.min_p), -torch.inf)
 
 
-def _check_finite(best: Tensor) -> None:
-    if not bool(best.isfinite().all()):
-        raise ModelError(f"the policy computes logits that are not finite in {best.dtype}; use float32")
+def _checked(tokens: Tensor, best: Tensor) -> Tensor:
+    # Marked, not raised: asking the device for one number per token would make it wait.
+    return tokens.masked_fill(~best.isfinite(), -1)
 
 
 def _lowest_kept(support: Tensor, total: Tensor, top_p: float) -> Tensor:

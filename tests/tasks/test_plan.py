@@ -45,6 +45,7 @@ OTHERS: dict[str, object] = {
     "calibration": "candidates/other",
     "confidence": 0.9,
     "first_wave": 4,
+    "server_extra": {"top_k": 50},
     "top_p": 0.9,
     "repetition_penalty": 1.1,
     "stop": ["\n\n"],
@@ -74,6 +75,8 @@ def _fields() -> list[tuple[str, str]]:
 def _flipped(stage: str, name: str, models: dict[str, str]) -> dict[str, object]:
     if name == "reward_function":
         return {"reward": "function", name: "runtime.starter.rule:truth"}
+    if name in ("server", "server_model"):
+        return {"server": "http://127.0.0.1:1/v1", "server_model": "m"}
     if name in OTHERS:
         return {name: OTHERS[name]}
     if name in models:

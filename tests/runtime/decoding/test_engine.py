@@ -21,6 +21,7 @@ from runtime.errors import ConfigError, ModelError
 from runtime.kv.attention import check_supported
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.records import Candidate, Message, Prompt
+from runtime.rewards.classifier import ClassifierReward
 
 Decode = Callable[..., dict[tuple[str, int], Candidate]]
 
@@ -35,6 +36,26 @@ def test_candidates_do_not_depend_on_batch_or_order(
     assert decode(tiny_prompts, max_rows=max_rows) == plain
     assert decode(tiny_prompts[::-1], max_rows=max_rows) == plain
     assert decode(tiny_prompts[2:3], max_rows=max_rows).items() <= plain.items()
+
+
+@pytest.mark.parametrize("settle_every", [2, 5, 64])
+@pytest.mark.parametrize("max_rows", [8, 100])
+def test_looking_seldom_for_finished_rows_changes_nothing(
+    tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt], tiny_reward: LoadedModel, settle_every: int, max_rows: int
+) -> None:
+    for cuts in (CutSchedule(), CutSchedule((3, 11), (0.6, 0.5))):
+        sampling = SamplingConfig(n=8, max_new_tokens=40)
+        reward = ClassifierReward(tiny_reward)
+        often, seldom = (
+            list(Engine(tiny_policy, sampling, cuts, reward, max_rows, settle_every=every).generate(tiny_prompts))
+            for every in (1, settle_every)
+        )
+        for one, other in zip(sum(often, []), sum(seldom, []), strict=True):
+            assert (one.token_ids, one.finish_reason, one.cut_at_token) == (
+                other.token_ids,
+                other.finish_reason,
+                other.cut_at_token,
+            )
 
 
 def test_fewer_candidates_are_the_first_ones(decode: Decode, tiny_prompts: Sequence[Prompt]) -> None:
