@@ -1,5 +1,6 @@
 """Sampling with the engine: the same candidate for any batch shape; errors are rows; stops are respected."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,38 @@ def test_response_is_the_text_without_the_end_token(
         assert candidate.n_tokens == 40 or is_eos
         text = tiny_policy.tokenizer.decode(candidate.token_ids, skip_special_tokens=True)
         assert candidate.response == text and "<end>" not in text
+
+
+def test_a_stop_string_ends_the_answer_before_it(
+    decode: Decode, tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt]
+) -> None:
+    plain = decode(tiny_prompts)
+    texts = "".join(c.response for c in plain.values())
+    stop = max((texts[i : i + 2] for i in range(len(texts) - 1) if texts[i : i + 2].isascii()), key=texts.count)
+    found = decode(tiny_prompts, stop=(stop, "never written"))
+    assert {c.finish_reason for c in found.values()} > {"stop"}
+    for key, candidate in found.items():
+        whole, _, _ = plain[key].response.partition(stop)
+        assert candidate.response == whole
+        assert candidate.token_ids == plain[key].token_ids[: candidate.n_tokens]
+        assert (candidate.finish_reason == "stop") == (stop in plain[key].response)
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"repetition_penalty": 1.3, "top_k": 20}])
+def test_repetition_penalty_equals_generate(
+    tiny_policy_dir: Path, tiny_prompts: Sequence[Prompt], settings: dict[str, float]
+) -> None:
+    """Greedy, where transformers and the engine must agree token by token."""
+    loaded = load_policy(str(tiny_policy_dir))
+    original = copy.deepcopy(loaded.model)
+    sampling = SamplingConfig(n=2, temperature=0, max_new_tokens=40, **settings)  # type: ignore[arg-type]
+    results = Engine(loaded, sampling, CutSchedule(), None, 4).generate(tiny_prompts)
+    for prompt, candidates in zip(tiny_prompts, results, strict=True):
+        ids = torch.tensor([encode_prompt(loaded.tokenizer, prompt.messages, "chat")])
+        expected = original.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, repetition_penalty=1.3
+        )
+        assert [list(c.token_ids) for c in candidates] == [expected[0, ids.shape[1] :].tolist()] * 2
 
 
 def test_every_end_token_stops(decode: Decode, tiny_policy_dir: Path, tiny_prompts: Sequence[Prompt]) -> None:

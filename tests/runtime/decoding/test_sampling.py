@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from runtime.decoding import sampling
-from runtime.decoding.sampling import SamplingConfig, sample
+from runtime.decoding.sampling import SamplingConfig, penalise, sample, top_k
 from runtime.errors import ConfigError
 from runtime.randomness import row_key
 
@@ -74,6 +75,63 @@ def test_top_p_head_does_not_change_the_choice(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(sample(logits, keys, position, config), whole)
     single = [sample(logits[i : i + 1], keys[i : i + 1], position[i : i + 1], config) for i in range(60)]
     assert torch.equal(torch.cat(single), whole)
+
+
+def test_min_p_drops_what_is_unlikely_beside_the_best() -> None:
+    probabilities = LOGITS.softmax(0)
+    kept = LOGITS.masked_fill(probabilities < 0.3 * probabilities.max(), -torch.inf)
+    assert 1 < kept.isfinite().sum() < len(LOGITS)
+    assert_law(draw(SamplingConfig(min_p=0.3)), kept.softmax(0))
+    assert_law(draw(SamplingConfig(min_p=0.3, top_k=9)), kept.softmax(0))
+
+
+@pytest.mark.parametrize("n_vocabulary", [5_000, 32_000])
+@pytest.mark.parametrize("min_p", [0.0, 0.01])
+def test_a_large_vocabulary_is_drawn_by_blocks_with_the_same_law(n_vocabulary: int, min_p: float) -> None:
+    """Likely tokens by themselves, all others in bins, because they are many."""
+    generator = torch.Generator().manual_seed(2)
+    logits = 2.5 * torch.randn(n_vocabulary, generator=generator, dtype=torch.float64)
+    probabilities = logits.softmax(0)
+    probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.max(), 0)
+    probabilities /= probabilities.sum()
+    keys = torch.tensor([row_key(0, "p", index) for index in range(N_DRAWS)])
+    counts = torch.zeros(n_vocabulary, dtype=torch.float64)
+    for part in keys.split(500):
+        tokens = sample(logits.expand(len(part), -1), part, torch.full((len(part),), 3), SamplingConfig(min_p=min_p))
+        counts += torch.bincount(tokens, minlength=n_vocabulary)
+    bins = torch.arange(n_vocabulary) % 40 + 100
+    for place, token in enumerate(probabilities.topk(100).indices):
+        bins[token] = place
+    binned = torch.zeros(140, dtype=torch.float64).scatter_add_(0, bins, probabilities)
+    assert_law(torch.zeros(140, dtype=torch.float64).scatter_add_(0, bins, counts), binned)
+
+
+@pytest.mark.parametrize("n_values", [1, 7, 799, 800, 5_001, 32_000])
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_top_k_is_that_of_torch(n_values: int, k: int) -> None:
+    values = torch.randn(5, n_values, generator=torch.Generator().manual_seed(n_values))
+    best, places = top_k(values, min(k, n_values))
+    assert torch.equal(best, values.topk(min(k, n_values)).values)
+    assert torch.equal(values.gather(-1, places), best)
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 30, generator=generator)
+    ids = torch.randint(0, 30, (4, 9), generator=generator)
+    seen = torch.zeros(4, 30, dtype=torch.bool).scatter_(1, ids, True)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone())
+    assert torch.equal(penalise(logits, seen, 1.7), expected)
+
+
+def test_a_row_that_is_not_finite_is_marked() -> None:
+    logits = LOGITS.repeat(3, 1)
+    logits[1, 4] = torch.nan
+    logits[2, 4] = torch.inf
+    keys, position = torch.arange(3), torch.zeros(3, dtype=torch.long)
+    for config in (SamplingConfig(), SamplingConfig(temperature=0), SamplingConfig(top_k=3), SamplingConfig(top_p=0.9)):
+        tokens = sample(logits, keys, position, config).tolist()
+        assert tokens[0] >= 0 and tokens[1:] == [-1, -1], config
 
 
 def test_tiny_top_p_is_greedy() -> None:
