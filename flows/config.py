@@ -12,7 +12,7 @@ from tasks.errors import ConfigError
 from tasks.settings import PipelineConfig
 
 ENVIRONMENT_PREFIX = "WINNOW_"
-NOT_CONFIG = ("WINNOW_LAKE",)  # read by the command line
+NOT_CONFIG = ("WINNOW_LAKE", "WINNOW_FUNCTIONS")  # read elsewhere
 
 
 def load_config(

@@ -1,5 +1,6 @@
 """Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -126,12 +127,24 @@ def open_engine(
             config.server_model,
             config.server_concurrency,
             config.server_timeout,
-            extra=config.server_extra,
+            extra=_fields(config.server_extra),
         )
         return ServerEngine(server, load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
     policy = load_policy_model(path, config.dtype, config.device)
     budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
     return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
+
+
+def _fields(pairs: list[str]) -> dict[str, object]:
+    """key=JSON; what is no JSON is text."""
+    found: dict[str, object] = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = text
+    return found
 
 
 def model_label(model: str, path: str) -> str:

@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import inspect
+import os
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from runtime.rewards.protocol import Reward
 
 Role = Literal["policy", "reward"]
+ALLOWED_FUNCTIONS = "WINNOW_FUNCTIONS"
+SHIPPED_FUNCTIONS = "runtime.starter.rule:*"
 
 
 def model_path(source: str, role: Role, lake: Lake) -> str:
@@ -42,6 +46,9 @@ def model_identity(source: str, role: Role, lake: Lake) -> str:
 
 def reward_identity(config: RewardConfig, lake: Lake) -> str:
     """What the configured reward adds to a fingerprint: the model's identity, or the hash of the function's module."""
+    if config.reward_terms:
+        parts = [config.model_copy(update={"reward_terms": []}), *(term for _, term in config.terms())]
+        return "+".join(reward_identity(part, lake) for part in parts)
     if config.reward == "function":
         module = inspect.getmodule(load_function(config.reward_function))
         source = inspect.getsource(module) if module else config.reward_function
@@ -50,7 +57,16 @@ def reward_identity(config: RewardConfig, lake: Lake) -> str:
 
 
 def load_function(name: str) -> Callable[["Prompt", str], float]:
-    """The function behind package.module:name; ConfigError when there is none."""
+    """The function behind package.module:name; ConfigError when there is none or it is not allowed.
+
+    A configuration may come from whoever can start a run, so the names it may import are set where runs happen.
+    """
+    allowed = [SHIPPED_FUNCTIONS, *filter(None, os.environ.get(ALLOWED_FUNCTIONS, "").split(","))]
+    if not any(fnmatchcase(name, pattern.strip()) for pattern in allowed):
+        raise ConfigError(
+            f'function "{name}" is not allowed; set {ALLOWED_FUNCTIONS}="{name}" (names or patterns, by comma) '
+            "where the flows run"
+        )
     module_name, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), attribute)
@@ -67,17 +83,25 @@ def load_policy_model(path: str, dtype: str, device: str) -> "LoadedModel":
 
 
 def open_reward(config: RewardConfig, lake: Lake, batch_size: int = 32) -> "Reward":
-    """The configured reward, its model loaded once per process."""
+    """The configured reward, its models loaded once per process."""
+    if config.reward_terms:
+        from runtime.rewards.combined import CombinedReward
+
+        first = (1.0, config.model_copy(update={"reward_terms": []}))
+        return CombinedReward(
+            [(weight, open_reward(part, lake, batch_size)) for weight, part in [first, *config.terms()]]
+        )
     if config.reward == "function":
         from runtime.rewards.verifier import FunctionReward
 
         return FunctionReward(load_function(config.reward_function), config.reward_function.partition(":")[2])
     path = model_path(config.reward_model, _reward_role(config), lake)
-    if config.reward == "likelihood":
+    if config.reward in ("likelihood", "likelihood_sum"):
         from runtime.rewards.likelihood import LikelihoodReward
 
         policy = _cached_policy(path, config.dtype, _device(config.device))
-        return LikelihoodReward(policy, config.prompt_format, batch_size)
+        reduction: Literal["mean", "sum"] = "mean" if config.reward == "likelihood" else "sum"
+        return LikelihoodReward(policy, config.prompt_format, batch_size, reduction)
     from runtime.rewards.classifier import ClassifierReward
 
     classifier = _cached_classifier(path, config.dtype, _device(config.device))

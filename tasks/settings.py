@@ -3,18 +3,23 @@
 Every field goes into the fingerprint of its stage: changing one makes a new version.
 """
 
+import re
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
 PromptFormat = Literal["chat", "text"]
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
-RewardKind = Literal["classifier", "likelihood", "function"]
+RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
 STARTER = "starter"
+
+TERM_PATTERN = re.compile(
+    r"(?P<weight>-?\d+(\.\d+)?)\*(?P<kind>classifier|likelihood|likelihood_sum|function):(?P<target>\S+)"
+)
 
 Stage = TypeVar("Stage", bound="StageConfig")
 
@@ -34,13 +39,21 @@ class RewardConfig(StageConfig):
         "classifier",
         title="Reward",
         description="classifier: a one-label sequence classifier; likelihood: mean log-probability per token under a "
-        "causal model; function: a Python function of (prompt, response)",
+        "causal model; likelihood_sum: their sum; function: a Python function of (prompt, response)",
     )
     reward_model: str = Field(
         STARTER, title="Reward model", description="Folder, hub name, models/NAME or starter (classifier, likelihood)"
     )
     reward_function: str = Field(
-        "", title="Reward function", description="package.module:name of the function (reward = function)"
+        "",
+        title="Reward function",
+        description="package.module:name of the function (reward = function), one that WINNOW_FUNCTIONS allows",
+    )
+    reward_terms: list[str] = Field(
+        [],
+        title="Further rewards",
+        description="Added to the reward: WEIGHT*KIND:MODEL or WEIGHT*function:package.module:name, such as "
+        "0.5*likelihood:starter",
     )
     prompt_format: PromptFormat = Field(
         "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
@@ -55,7 +68,22 @@ class RewardConfig(StageConfig):
             raise ValueError(f'reward_function = "{self.reward_function}": write package.module:name')
         if self.reward != "function" and self.reward_function:
             raise ValueError(f'reward_function = "{self.reward_function}" needs reward = "function"')
+        for term in self.reward_terms:
+            if not TERM_PATTERN.fullmatch(term):
+                raise ValueError(f'reward_terms has "{term}": write WEIGHT*KIND:MODEL, such as 0.5*likelihood:starter')
         return self
+
+    def terms(self) -> "list[tuple[float, RewardConfig]]":
+        """The weights and settings of `reward_terms`, each a reward of its own."""
+        shared = {"prompt_format": self.prompt_format, "dtype": self.dtype, "device": self.device}
+        found = []
+        for term in self.reward_terms:
+            match = TERM_PATTERN.fullmatch(term)
+            assert match is not None
+            target = {"reward_function" if match["kind"] == "function" else "reward_model": match["target"]}
+            settings = {"reward": match["kind"], **target, **shared}
+            found.append((float(match["weight"]), RewardConfig.model_validate(settings)))
+        return found
 
 
 class IngestConfig(StageConfig):
@@ -173,8 +201,8 @@ class GenerateConfig(RewardConfig):
     server_model: str = Field("", title="Model on the server", description="The policy's name there (server)")
     server_concurrency: int = Field(16, title="Requests", description="In flight at once (server)", ge=1, le=4096)
     server_timeout: float = Field(120.0, title="Timeout", description="Seconds per request (server)", gt=0)
-    server_extra: dict[str, JsonValue] = Field(
-        {}, title="Further fields", description="Sent with every request, such as {top_k = 50} (server)"
+    server_extra: list[str] = Field(
+        [], title="Further fields", description="Sent with every request: key=JSON, such as top_k=50 (server)"
     )
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 
@@ -184,6 +212,9 @@ class GenerateConfig(RewardConfig):
             raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
         if bool(self.server) != bool(self.server_model):
             raise ValueError(f'server = "{self.server}" and server_model = "{self.server_model}": set both or none')
+        for field in self.server_extra:
+            if not re.fullmatch(r"\w+=.+", field, re.DOTALL):
+                raise ValueError(f'server_extra has "{field}": write key=JSON, such as top_k=50')
         if self.server and self.cut_policy == "memory":
             raise ValueError('cut_policy = "memory" needs the keys and values here; use "schedule" with a server')
         if self.cut_policy == "memory" and self.kv_budget_mb is None:

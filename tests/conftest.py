@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WINNOW_FUNCTIONS"] = "tests.tasks.*"
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """The likelihood of an answer under a causal language model as reward."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +16,19 @@ from runtime.rewards.protocol import RescoringSession, RewardSession, Score
 
 
 class LikelihoodReward:
-    """Mean natural log-probability per token of the answer, closing tokens included."""
+    """Mean or sum of the natural log-probabilities of the answer's tokens, closing tokens included."""
 
-    def __init__(self, loaded: LoadedModel, prompt_format: PromptFormat = "chat", batch_size: int = 32) -> None:
-        self.name = "likelihood"
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompt_format: PromptFormat = "chat",
+        batch_size: int = 32,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        self.name = "likelihood" if reduction == "mean" else "likelihood_sum"
+        self.reduction = reduction
         self.loaded = loaded
-        self._scorer = BatchScorer(loaded, prompt_format, batch_size, self._mean_logps)
+        self._scorer = BatchScorer(loaded, prompt_format, batch_size, self._logps)
 
         self.is_incremental = is_supported(loaded.model)
         if self.is_incremental:
@@ -49,14 +57,15 @@ class LikelihoodReward:
             targets = torch.tensor(one.row.ids[one.n_stored + 1 :], device=logits.device)
             logps = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
             one.row.values = one.row.values[: one.n_stored] + logps.tolist()
-        return [sum(one.row.values) / len(one.row.values) for one in fed]
+        return [sum(one.row.values) / (len(one.row.values) if self.reduction == "mean" else 1) for one in fed]
 
     @torch.inference_mode()
-    def _mean_logps(self, batch: Batch) -> Tensor:
+    def _logps(self, batch: Batch) -> Tensor:
         output = self.loaded.model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False)
         logits = output.logits[:, :-1].float()  # position t predicts token t + 1
         targets = batch.token_ids[:, 1:]
         logps = logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)  # (batch, tokens - 1)
         place = torch.arange(1, batch.token_ids.shape[1], device=targets.device)[None]
         is_answer = (place >= batch.n_prompt[:, None]) & (place < batch.n_tokens[:, None])
-        return torch.where(is_answer, logps, 0.0).sum(-1) / (batch.n_tokens - batch.n_prompt)
+        total = torch.where(is_answer, logps, 0.0).sum(-1)
+        return total / (batch.n_tokens - batch.n_prompt) if self.reduction == "mean" else total

@@ -27,6 +27,11 @@ def odd_length(prompt: Prompt, response: str) -> float:
     return math.nan if len(response) % 5 == 0 else float(len(response))
 
 
+def answer_length(prompt: Prompt, response: str) -> float:
+    """A reward that always works."""
+    return float(len(response))
+
+
 def constant(prompt: Prompt, response: str) -> float:
     """A reward that says nothing."""
     return 1.0
@@ -187,6 +192,29 @@ def test_a_reward_that_fails_on_a_row_marks_that_row_only(config: PipelineConfig
         assert row["status"] == ("error" if is_bad else "ok")
         assert row["score"] == (None if is_bad else float(length))
     assert {row["status"] for row in rows} == {"error", "ok"}
+
+
+def test_only_allowed_functions_are_imported(config: PipelineConfig, tmp_path: Path) -> None:
+    function = {"reward": "function", "reward_function": "os:system", "reward_model": "starter"}
+    with pytest.raises(ConfigError, match=r'function "os:system" is not allowed; set WINNOW_FUNCTIONS="os:system"'):
+        run_chain(_changed(config, "score", **function), str(tmp_path / "lake"), until="score")
+
+
+def test_reward_terms_are_added(config: PipelineConfig, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    """Cuts and final scores by a classifier, a likelihood and a function together."""
+    terms = [f"0.5*likelihood:{tiny_policy_dir}", "-2*function:tests.tasks.test_chain:answer_length"]
+    both = _changed(_changed(config, "generate", reward_terms=terms), "score", reward_terms=terms)
+    rows, plain = (
+        {(r["prompt_id"], r["candidate_index"]): r for r in lake.read_table(ref, "candidates").to_pylist()}
+        for lake in (run_chain(one, str(tmp_path / name), "score") for name, one in (("a", both), ("b", config)))
+        for ref in [lake.resolve("candidates/tiny")]
+    )
+    shared = [key for key, row in rows.items() if row["score"] is not None and plain[key]["score"] is not None]
+    assert shared
+    for key in shared:
+        assert rows[key]["scores"][0]["scorer"] == "combined"
+        rest = rows[key]["score"] - plain[key]["score"] + 2 * answer_length(None, rows[key]["response"])  # type: ignore[arg-type]
+        assert -10 < rest < 0  # half of a mean log-probability
 
 
 def test_a_reward_that_says_nothing_is_refused(config: PipelineConfig, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from runtime.models import LoadedModel, encode_answer, load_classifier
 from runtime.records import Message, Prompt
 from runtime.rewards import incremental
 from runtime.rewards.classifier import ClassifierReward
+from runtime.rewards.combined import CombinedReward
 from runtime.rewards.likelihood import LikelihoodReward
 from runtime.rewards.protocol import Reward, Score
 from runtime.rewards.verifier import FunctionReward
@@ -28,12 +29,14 @@ from runtime.rewards.verifier import FunctionReward
 RESPONSES = ("5", "the answer is five, because two and three make five", "", "12 - 7 = 5", "no", "é and more")
 
 
-@pytest.fixture(params=["classifier", "likelihood"])
+@pytest.fixture(params=["classifier", "likelihood", "likelihood_sum", "combined"])
 def reward(request: pytest.FixtureRequest, tiny_policy: LoadedModel, tiny_reward: LoadedModel) -> Reward:
-    """Both model-based rewards, with batches smaller than the input."""
+    """The model-based rewards, with batches smaller than the input."""
+    classifier = ClassifierReward(tiny_reward, batch_size=4)
     if request.param == "classifier":
-        return ClassifierReward(tiny_reward, batch_size=4)
-    return LikelihoodReward(tiny_policy, batch_size=4)
+        return classifier
+    likelihood = LikelihoodReward(tiny_policy, "chat", 4, "sum" if request.param == "likelihood_sum" else "mean")
+    return CombinedReward([(1.0, classifier), (-0.5, likelihood)]) if request.param == "combined" else likelihood
 
 
 def values(scores: Sequence[Score]) -> list[float]:
@@ -96,7 +99,7 @@ def test_sessions_follow_growing_rewritten_and_leaving_answers(
         numbers = sorted(texts, key=lambda _: rng.random())
         session.extend(numbers, [[1]] * len(numbers), [texts[number] for number in numbers])
         scratch = values(reward.score([prompt] * len(numbers), [texts[number] for number in numbers]))
-        assert values(session.scores(numbers)) == pytest.approx(scratch, abs=1e-5)
+        assert values(session.scores(numbers)) == pytest.approx(scratch, abs=1e-5, rel=1e-5)
         texts = {number: text for number, text in texts.items() if number not in leaving}
         session.keep(list(texts))
         for number, text in texts.items():
@@ -171,6 +174,30 @@ def test_likelihood_is_the_mean_log_probability(tiny_policy: LoadedModel, tiny_p
         logps = tiny_policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = sum(logps[place - 1, ids[place]].item() for place in range(n_prompt, len(ids))) / (len(ids) - n_prompt)
     assert values(LikelihoodReward(tiny_policy).score([prompt], ["15."])) == pytest.approx([expected], abs=1e-5)
+
+
+def test_a_combination_is_the_weighted_sum(
+    tiny_policy: LoadedModel, tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt]
+) -> None:
+    first, second = ClassifierReward(tiny_reward), LikelihoodReward(tiny_policy)
+    mean, total = (LikelihoodReward(tiny_policy, reduction=how) for how in ("mean", "sum"))
+    combined = CombinedReward([(2.0, first), (-3.0, second)]).score(tiny_prompts, RESPONSES)
+    a, b = values(first.score(tiny_prompts, RESPONSES)), values(second.score(tiny_prompts, RESPONSES))
+    assert values(combined) == pytest.approx([2 * x - 3 * y for x, y in zip(a, b, strict=True)])
+    assert combined[0].error is None and CombinedReward([(1.0, first)]).kv_bytes_per_token == first.kv_bytes_per_token
+    for prompt, response in zip(tiny_prompts, RESPONSES, strict=True):
+        ids, n_prompt = encode_answer(tiny_policy.tokenizer, prompt.messages, response, "chat")
+        one, whole = (values(reward.score([prompt], [response]))[0] for reward in (mean, total))
+        assert whole == pytest.approx(one * (len(ids) - n_prompt), rel=1e-4)
+
+
+def test_a_part_without_a_score_leaves_no_sum(tiny_reward: LoadedModel, tiny_prompts: Sequence[Prompt]) -> None:
+    def fails(prompt: Prompt, response: str) -> float:
+        raise ValueError("no")
+
+    combined = CombinedReward([(1.0, ClassifierReward(tiny_reward)), (1.0, FunctionReward(fails, "fails"))])
+    (score,) = combined.score(tiny_prompts[:1], ["a"])
+    assert score.value is None and score.error is not None and "fails failed" in score.error
 
 
 def test_too_long_answer_is_an_error_with_the_numbers(reward: Reward, tiny_prompts: Sequence[Prompt]) -> None:
