@@ -38,7 +38,9 @@ bench: setup
 	for file in tests/benchmarks/bench_*.py; do $(RUN)/python $$file || exit 1; done
 
 server: setup
-	DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false \
+	# Without its address the UI asks port 4200, whatever the port here.
+	PREFECT_UI_API_URL=http://127.0.0.1:$(PREFECT_PORT)/api \
+		DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT=false \
 		$(RUN)/prefect server start --host 127.0.0.1 --port $(PREFECT_PORT)
 
 clean:

@@ -85,7 +85,10 @@ def _count_prompts(step: Step, lake: Lake, which: str) -> int | None:
 
 
 def _kv_bytes(model: str, lake: Lake, config: GenerateConfig | EvaluateConfig) -> int | None:
-    """Upper bound of the arena: every row at the model's full context. None for a model that is not here."""
+    """Upper bound of keys and values: the budget, or every row at the model's full context.
+
+    None for a model that is not here.
+    """
     try:
         path = Path(model_path(model, "policy", lake)) / "config.json"
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -95,4 +98,6 @@ def _kv_bytes(model: str, lake: Lake, config: GenerateConfig | EvaluateConfig) -
     head_dim = found.get("head_dim") or found["hidden_size"] // heads
     per_token = 2 * found["num_hidden_layers"] * found.get("num_key_value_heads", heads) * head_dim
     width = 2 if config.dtype == "bfloat16" else 4
-    return int(per_token * width * config.max_rows * found["max_position_embeddings"])
+    bound = int(per_token * width * config.max_rows * found["max_position_embeddings"])
+    budget = config.kv_budget_mb if isinstance(config, GenerateConfig) else None
+    return bound if budget is None else min(bound, budget * 1_000_000)

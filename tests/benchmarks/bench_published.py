@@ -1,22 +1,25 @@
-"""Against a re-statement of the published procedure, at equal cuts, on the starter.
+"""Against a re-statement of the published procedure, at equal cuts.
 
-    .venv/bin/python tests/benchmarks/bench_published.py [--n 64] [--prompts 12] [--device cuda]
+    .venv/bin/python tests/benchmarks/bench_published.py [--n 64] [--prompts 8] [--model starter | 15m] [--device cuda]
 
 As in the authors' code (arXiv 2410.20290; github.com/Zanette-Labs/SpeculativeRejection): one prompt at a time; each
 round computes prompt and answer so far anew for every survivor, none sharing the prompt's keys, and the reward model
 scores every whole text from scratch. Two arms, so that the engine's gain and the procedure's do not mix: rounds on
 this project's engine, and rounds on `transformers.generate`. Cuts and rows are the same everywhere; the arm on our
-engine also draws the same tokens.
+engine also draws the same tokens. The starter has prompts of about 35 tokens; `--model 15m` takes random models of that
+size and prompts of `--prompt` words, which is nearer to what people run.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from bench_engine import MODELS
 from harness import medians, options, show
 from starter_runs import Starter, prompts
-from transformers import AutoModelForCausalLM
 
 from runtime.decoding.rejection import CutSchedule, keep_count, rank
 from runtime.decoding.sampling import SamplingConfig, sample
@@ -25,17 +28,21 @@ from runtime.kv.attention import logits_of, run
 from runtime.kv.passes import PrefillPass, RowsPass
 from runtime.models import encode_prompt, stop_ids
 from runtime.randomness import row_key
-from runtime.records import Prompt
-from runtime.starter import path
+from runtime.records import Message, Prompt
 
 MAX_NEW = 128
 Grow = Callable[[Prompt, list[list[int]], list[int], int], list[list[int]]]
 
 
 def main() -> None:
-    settings = options(__doc__, n=64, prompts=12, cuts=[8, 16, 32, 48], keep=0.5)
-    starter = Starter.load(settings.device)
+    settings = options(__doc__, n=64, prompts=8, cuts=[8, 16, 32, 48], keep=0.5, model="starter", prompt=256)
     asked = prompts(0, settings.prompts)
+    if settings.model == "starter":
+        starter = Starter.load(settings.device)
+    else:
+        starter = Starter.random(settings.device, MODELS[settings.model])
+        words = " ".join(str(number % 100) for number in range(settings.prompt))
+        asked = [replace(prompt, messages=(Message("user", words),)) for prompt in asked]
     cuts = CutSchedule(tuple(settings.cuts), (settings.keep,) * len(settings.cuts))
     published = Published(starter, cuts, settings.n)
     arms: dict[str, Callable[[], object]] = {
@@ -71,7 +78,7 @@ class Published:
     def __init__(self, starter: Starter, cuts: CutSchedule, n: int) -> None:
         self.starter, self.cuts, self.n = starter, cuts, n
         self.model = starter.policy.model
-        self.plain = AutoModelForCausalLM.from_pretrained(path("policy"), dtype=self.model.dtype).to(self.model.device)
+        self.plain = copy.deepcopy(self.model)
         self.ends = stop_ids(starter.policy)
 
     def winner(self, prompt: Prompt, grow: Grow) -> str:

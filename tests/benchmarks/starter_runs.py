@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from runtime.decoding.calibration import Proposal, Trace, propose
 from runtime.decoding.engine import Engine
@@ -31,6 +34,19 @@ class Starter:
     def load(cls, device: str, dtype: str = "float32") -> Starter:
         policy = load_policy(str(path("policy")), dtype, device)
         return cls(policy, ClassifierReward(load_classifier(str(path("reward")), dtype, device)))
+
+    @classmethod
+    def random(cls, device: str, sizes: Mapping[str, int]) -> Starter:
+        """Random models of other sizes with the starter's tokenizer: as slow as real ones, and as long-winded."""
+        tokenizer = load_policy(str(path("policy"))).tokenizer
+        tokenizer.model_max_length = 4096
+        torch.manual_seed(0)
+        config = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "pad_token_id": tokenizer.pad_token_id}
+        policy = LlamaForCausalLM(LlamaConfig(**sizes, **config)).eval().to(device)
+        reward = LlamaForSequenceClassification(LlamaConfig(**sizes, **config, num_labels=1)).eval().to(device)
+        return cls(
+            LoadedModel(policy, tokenizer, "random", ""), ClassifierReward(LoadedModel(reward, tokenizer, "random", ""))
+        )
 
     def engine(self, n: int, cuts: CutPolicy, max_rows: int = 128) -> Engine:
         return Engine(self.policy, SamplingConfig(n=n), cuts, self.reward, max(max_rows, n))
