@@ -2,10 +2,10 @@
 
     .venv/bin/python tests/benchmarks/bench_rejection.py [--n 64 256] [--prompts 40] [--device cuda]
 
-The schedules come from a calibration on other prompts, at N = `--calibration-n`, which asks for a share of the gain to be
-retained there. Noise is keyed by candidate, so the rows that survive are the
-same rows. Gain: the winner's score over the mean score of one sample, as a share of what Best-of-N gains; its interval
-is a bootstrap over prompts. Improvement is the paper's score (arXiv 2410.20290): 100 is Best-of-N.
+The schedules come from a calibration on other prompts, at N = `--calibration-n`, which asks for a share of the gain
+to be retained there. Noise is keyed by candidate, so the rows that survive are the same rows. Gain: the winner's score
+over the mean score of one sample, as a share of what Best-of-N gains; its interval is a bootstrap over prompts.
+Improvement is the paper's score (arXiv 2410.20290): 100 is Best-of-N.
 """
 
 from __future__ import annotations
