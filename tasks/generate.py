@@ -1,6 +1,7 @@
 """Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
@@ -128,6 +129,7 @@ def open_engine(
             config.server_concurrency,
             config.server_timeout,
             extra=_fields(config.server_extra),
+            key=os.environ.get("OPENAI_API_KEY") or "none",
         )
         return ServerEngine(server, load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
     policy = load_policy_model(path, config.dtype, config.device)

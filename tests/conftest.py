@@ -9,6 +9,7 @@ os.environ["WINNOW_FUNCTIONS"] = "tests.tasks.*"
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -21,6 +22,9 @@ from runtime.models import LoadedModel, load_classifier, load_policy
 from runtime.records import Message, Prompt
 
 torch.set_num_threads(1)
+# No test is about time, and what runs unattended must give the same verdict twice.
+settings.register_profile("winnow", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("winnow")
 
 PAD, END = "<pad>", "<end>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")

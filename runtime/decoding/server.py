@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where the policy is served. `url` ends in /v1; the key, where one is needed, is in OPENAI_API_KEY."""
+    """Where the policy is served; `url` ends in /v1."""
 
     url: str
     model: str
@@ -38,6 +38,7 @@ class Server:
     timeout: float = 120.0  # seconds per request
     retries: int = 3  # of requests that may succeed later, with exponential back-off
     extra: Mapping[str, object] = field(default_factory=dict)  # further fields of every request
+    key: str = field(default="none", repr=False)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -103,11 +104,10 @@ class ServerEngine:
             from openai import APIConnectionError, AsyncOpenAI, AuthenticationError, OpenAIError
         except ImportError as error:
             raise ConfigError("a server needs the openai client; pip install 'winnow[server]'") from error
-        import os
-
-        key = os.environ.get("OPENAI_API_KEY") or "none"
         server = self.server
-        client = AsyncOpenAI(base_url=server.url, api_key=key, timeout=server.timeout, max_retries=server.retries)
+        client = AsyncOpenAI(
+            base_url=server.url, api_key=server.key, timeout=server.timeout, max_retries=server.retries
+        )
         try:
             await client.models.list()
         except (APIConnectionError, AuthenticationError) as error:
