@@ -14,17 +14,10 @@ from storage.refs import parse_ref
 from storage.schema import TABLES, checked, to_table
 from storage.writer import Provenance, Shard
 from tests.storage.rows import candidate, prompt
+from tests.storage.strategies import json_values
 
 GOLDEN = Path(__file__).parent / "golden_schemas.txt"
 VERSION = "0123456789ab"
-
-
-def _around(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
-    return inner | st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-
-
-# Not st.recursive: its limits made Hypothesis report inconsistent data on a loaded machine.
-json_values = _around(_around(st.none() | st.booleans() | st.integers() | st.text(max_size=8)))
 
 
 def _publish(lake: Lake, version: str = VERSION, n_rows: int = 3, name: str = "demo") -> DatasetRef:

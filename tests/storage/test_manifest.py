@@ -12,15 +12,11 @@ from storage.lake import DatasetRef, Lake
 from storage.manifest import FileEntry, Manifest, parse_manifest
 from storage.schema import SCHEMA_VERSION
 from tests.storage.rows import publish_candidates
+from tests.storage.strategies import json_values
 
 REF = DatasetRef("candidates", "demo", "0123456789ab", "/lake/candidates/demo/0123456789ab")
 parts = st.from_regex(r"[a-zA-Z0-9_-][a-zA-Z0-9._ -]{0,12}", fullmatch=True)
 paths = st.lists(parts, min_size=1, max_size=4).map("/".join)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 entries = st.builds(
     FileEntry,
     path=paths,
