@@ -17,7 +17,7 @@ def build(
     threads: ThreadsOption = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the starter's tokenizer, policy and reward model from the seed (about 30 minutes on 2 cores)."""
+    """Train the starter's tokenizer, policy and reward model from the seed (40 minutes on one core)."""
     from tasks.starter import build_starter
 
     with progress_bars():

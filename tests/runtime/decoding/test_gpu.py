@@ -1,0 +1,34 @@
+"""The engine on a GPU draws what it draws on a CPU; needs one: `pytest -m gpu`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.decoding.engine import Engine
+from runtime.decoding.rejection import CutSchedule
+from runtime.decoding.sampling import SamplingConfig
+from runtime.models import load_classifier, load_policy
+from runtime.records import Candidate, Prompt
+from runtime.rewards.classifier import ClassifierReward
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch sees"),
+]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("cuts", [CutSchedule(), CutSchedule((4, 10), (0.5, 0.5))])
+def test_a_gpu_draws_the_same_candidates(
+    tiny_policy_dir: Path, tiny_reward_dir: Path, tiny_prompts: Sequence[Prompt], cuts: CutSchedule, top_p: float
+) -> None:
+    def draw(device: str) -> list[list[Candidate]]:
+        policy = load_policy(str(tiny_policy_dir), "float64", device)
+        reward = ClassifierReward(load_classifier(str(tiny_reward_dir), "float64", device))
+        sampling = SamplingConfig(n=8, max_new_tokens=40, top_p=top_p)
+        return list(Engine(policy, sampling, cuts, reward, 16).generate(tiny_prompts))
+
+    for one, other in zip(sum(draw("cpu"), []), sum(draw("cuda"), []), strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
