@@ -12,7 +12,7 @@ from runtime.randomness import gumbel
 HEAD_TOKENS = 256  # how many of the most likely tokens top_p looks at first
 FLAT_VOCABULARY = 4096  # up to here every token gets its own noise, above it blocks come first
 BLOCK_TOKENS = 32
-FOLD = 8  # how many values `top_k` compares at once
+FOLD = 4  # how many values `top_k` compares at once
 _BLOCK_STREAM = 0x5851F42D4C957F2D  # keeps the noise of blocks apart from that of tokens
 
 
@@ -72,8 +72,8 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their places, both (rows, k), largest first.
+def top_k(values: Tensor, k: int, is_sorted: bool = True) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their places, both (rows, k), largest first if they shall be sorted.
 
     Much faster than `torch.topk` on a CPU (5 times at 32,000 values, k = 50): the k largest lie in those k columns of
     the folded row whose maxima are largest, and maxima of columns are cheap.
@@ -81,9 +81,9 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n_values = values.shape[-1]
     n_columns = n_values // FOLD
     if values.is_cuda or n_columns < 2 * k:
-        return values.topk(min(k, n_values), dim=-1)
+        return values.topk(min(k, n_values), dim=-1, sorted=is_sorted)
     folded = values[:, : FOLD * n_columns].view(-1, FOLD, n_columns)
-    columns = top_k(folded.amax(dim=1), k)[1]
+    columns = top_k(folded.amax(dim=1), k, is_sorted=False)[1]
     candidates = folded.gather(2, columns[:, None].expand(-1, FOLD, -1)).flatten(1)
     level = torch.arange(0, FOLD * n_columns, n_columns, device=values.device)
     places = (columns[:, None] + level[:, None]).flatten(1)
@@ -91,7 +91,7 @@ def top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rest = torch.arange(FOLD * n_columns, n_values, device=values.device).expand(len(values), -1)
         candidates = torch.cat((candidates, values[:, FOLD * n_columns :]), dim=-1)
         places = torch.cat((places, rest), dim=-1)
-    best, chosen = candidates.topk(k, dim=-1)
+    best, chosen = candidates.topk(k, dim=-1, sorted=is_sorted)
     return best, places.gather(-1, chosen)
 
 
@@ -124,8 +124,8 @@ def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     """
     n_vocabulary = logits.shape[-1]
     if config.top_k:
-        best, token_ids = top_k(logits, min(config.top_k, n_vocabulary))
-        support = _scaled(best, config)
+        support, token_ids = top_k(_floating(logits), min(config.top_k, n_vocabulary))
+        support = _scaled(support, config)
         if config.top_p == 1:
             return support, token_ids
         lowest = _lowest_kept(support, support.logsumexp(dim=-1, keepdim=True), config.top_p)
@@ -142,9 +142,12 @@ def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(logits: Tensor, config: SamplingConfig) -> Tensor:
+    return _floating(logits) if config.temperature == 1 else _floating(logits) / config.temperature
+
+
+def _floating(logits: Tensor) -> Tensor:
     # Half precision is left first: most operations on it are several times slower on a CPU.
-    scaled = logits if logits.dtype == torch.float64 else logits.float()
-    return scaled if config.temperature == 1 else scaled / config.temperature
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _above_min_p(scaled: Tensor, best: Tensor, config: SamplingConfig) -> Tensor:

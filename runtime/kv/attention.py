@@ -31,9 +31,10 @@ class Scores:
     window: int | None = None  # a token sees itself and the window - 1 tokens before it
     softcap: float | None = None
 
-    def of(self, query: Tensor, key: Tensor) -> Tensor:
-        """(..., queries, head_dim) and (..., keys, head_dim) -> (..., queries, keys), capped but not masked."""
-        scores = torch.matmul(query * self.scaling, key.transpose(-1, -2))
+    def of(self, scaled: Tensor, key: Tensor) -> Tensor:
+        """Scaled queries (..., queries, head_dim) and keys (..., keys, head_dim) -> (..., queries, keys), capped but
+        not masked."""
+        scores = torch.matmul(scaled, key.transpose(-1, -2))
         return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
 
 
@@ -63,8 +64,8 @@ def causal_attention(query: Tensor, new: tuple[Tensor, Tensor], scores: Scores) 
 
 def _softcapped(query: Tensor, new: tuple[Tensor, Tensor], mask: Tensor, scores: Scores) -> Tensor:
     key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in new)
-    weights = torch.softmax(scores.of(query, key) + mask, dim=-1, dtype=torch.float32)
-    return torch.matmul(weights.to(query.dtype), value)
+    weights = torch.softmax(scores.of(query * scores.scaling, key) + mask, dim=-1)
+    return torch.matmul(weights, value)
 
 
 def arena_attention(

@@ -65,14 +65,14 @@ class RowsPass:
         for memory, one in zip(arena.rows[layer], new, strict=True):
             memory.view(-1, head_dim).index_copy_(0, self.flat_slots, one.reshape(-1, head_dim))
         # The query heads of one key-value head act as its query tokens: no key or value is repeated in memory.
-        grouped = query.reshape(n_rows, n_kv_heads, -1, head_dim)
+        grouped = (query * scores.scaling).reshape(n_rows, n_kv_heads, -1, head_dim)
         prompt_keys, prompt_values = arena.prompts[layer, :, : arena.n_prompts, :, : layout.n_longest]
         row_keys, row_values = arena.rows[layer][:, self.rows]
         to_prompt = self._ungroup(scores.of(self._group(grouped), prompt_keys))
         to_row = scores.of(grouped, row_keys)
         both = torch.cat((to_prompt, to_row), dim=-1)
         both.view(n_rows, n_heads, n_new, -1).add_(self._mask(scores.window))
-        weights = torch.softmax(both, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.softmax(both, dim=-1)  # which computes in float32 inside, whatever the number format
         attended = torch.matmul(weights[..., layout.n_longest :], row_values)
         attended += self._ungroup(torch.matmul(self._group(weights[..., : layout.n_longest]), prompt_values))
         return attended.view(n_rows, n_heads, n_new, head_dim)

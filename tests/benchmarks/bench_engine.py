@@ -134,8 +134,11 @@ class Bench:
         n_prompt = len(self.prompt_ids)
         prompt_keys, prompt_query = random(n_kv, n_prompt, head_dim), random(n_kv, n * n_groups, head_dim)
         prompt_weights, row_query = random(n_kv, n * n_groups, n_prompt), random(n * n_kv, n_groups, head_dim)
+        n_keys, n_weights = n * n_kv * head_dim, n * n_kv * n_groups
+        all_keys, all_weights = random(n_keys * self.n_new), random(n_weights * self.n_new)
         for step in range(1, self.n_new):
-            keys, weights = random(n * n_kv, step, head_dim), random(n * n_kv, n_groups, step)
+            keys = all_keys[: n_keys * step].view(n * n_kv, step, head_dim)
+            weights = all_weights[: n_weights * step].view(n * n_kv, n_groups, step)
             for layer in model.layers:
                 attention, mlp = layer.self_attn, layer.mlp
                 for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
