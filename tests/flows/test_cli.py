@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_a_catalog_opens_in_duckdb_alone(lake: Lake, tmp_path: Path) -> None:
     refused = _run("catalog", str(tmp_path / "missing" / "lake.duckdb"), "--lake", lake.root)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "give a file in a writable folder" in refused.stderr
+
+
+def test_verify_tells_whole_from_damaged(lake: Lake, tmp_path: Path) -> None:
+    copy = tmp_path / "lake"
+    shutil.copytree(lake.root, copy)
+    whole = _run("verify", "preferences/tiny", "--lake", str(copy))
+    assert whole.returncode == 0 and "all as the manifest says" in whole.stdout
+    shard = next(copy.glob("preferences/tiny/*/preferences/*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    damaged = _run("verify", "preferences/tiny", "--lake", str(copy), "--json")
+    assert damaged.returncode == 1
+    assert [f["problem"] is None for f in json.loads(damaged.stdout)["files"]].count(False) == 1
 
 
 def test_tables_show_the_lake(lake: Lake) -> None:

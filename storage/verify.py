@@ -1,0 +1,59 @@
+"""Checking a published version against its manifest, byte by byte."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from storage.errors import LakeError
+from storage.lake import DatasetRef, FileEntry, Lake
+from storage.shards import decode
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One file: what is wrong with it, or None."""
+
+    path: str
+    size_bytes: int
+    problem: str | None
+
+
+def verify(lake: Lake, ref: DatasetRef) -> Iterator[Verdict]:
+    """Every file of the manifest read again: present, as long as listed, with the listed sha256; shards also opened.
+
+    Then what lies in the version's folder without being listed.
+    """
+    manifest = lake.manifest(ref)
+    for file in manifest.files:
+        yield Verdict(file.path, file.size_bytes, _problem(lake, ref, file))
+    listed = {file.path for file in manifest.files} | {"manifest.json", "README.md"}
+    for key in lake.store.list(ref.prefix):
+        path = key.removeprefix(f"{ref.prefix}/")
+        if path not in listed:
+            yield Verdict(path, 0, "is not in the manifest")
+
+
+def _problem(lake: Lake, ref: DatasetRef, file: FileEntry) -> str | None:
+    key = f"{ref.prefix}/{file.path}"
+    if not lake.store.exists(key):
+        return "is missing"
+    digest, size, chunks = hashlib.sha256(), 0, []
+    with lake.store.open(key) as stored:
+        while chunk := stored.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+            if file.table is not None:
+                chunks.append(chunk)
+    if size != file.size_bytes:
+        return f"has {size} bytes, the manifest says {file.size_bytes}"
+    if digest.hexdigest() != file.sha256:
+        return "has another sha256 than the manifest says"
+    if file.table is None:
+        return None
+    try:
+        rows = decode(file.table, b"".join(chunks), file.path, "remove that version and run again").num_rows
+    except LakeError as error:
+        return str(error)
+    return None if rows == file.rows else f"has {rows} rows, the manifest says {file.rows}"
