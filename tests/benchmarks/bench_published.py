@@ -6,7 +6,7 @@ As in the authors' code (arXiv 2410.20290; github.com/Zanette-Labs/SpeculativeRe
 round computes prompt and answer so far anew for every survivor, none sharing the prompt's keys, and the reward model
 scores every whole text from scratch. Two arms, so that the engine's gain and the procedure's do not mix: rounds on
 this project's engine, and rounds on `transformers.generate`. Cuts and rows are the same everywhere; the arm on our
-engine also draws the same tokens. The starter has prompts of about 35 tokens; `--model 15m` takes random models of that
+engine also draws the same tokens. The starter has prompts of about 33 tokens; `--model 15m` takes random models of that
 size and prompts of `--prompt` words, which is nearer to what people run.
 """
 
