@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 
 from storage.errors import LakeError, RefError
 from storage.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
@@ -89,6 +90,21 @@ class Lake:
         chosen = TABLES[table].names if columns is None else list(columns)
         shards = [shard.select(chosen) for shard in self.iter_shards(ref, table, split)]
         return pa.concat_tables([TABLES[table].empty_table().select(chosen), *shards])
+
+    def dataset(self, ref: DatasetRef, table: str, split: str | None = None) -> pads.Dataset:
+        """The shards of a table as one PyArrow dataset, to be read in pieces; LakeError for one that is missing.
+
+        Content is not compared with the manifest: `verify` and `iter_shards` do that.
+        """
+        places = []
+        for file in self.manifest(ref).shards(table, split):
+            key = f"{ref.prefix}/{file.path}"
+            if not self.store.exists(key):
+                raise LakeError(f"{ref}: {file.path} is missing; remove that version and run again")
+            places.append(self.store.arrow(key))
+        if not places:
+            return pads.dataset(TABLES[table].empty_table())
+        return pads.dataset([path for _, path in places], TABLES[table], "parquet", places[0][0])
 
     def folder(self, ref: DatasetRef, prefix: str) -> Path:
         """Local folder of a version's plain files, such as a model."""

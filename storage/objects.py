@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from pyarrow.fs import FileSystem, LocalFileSystem
+
 from storage.errors import DiskFullError, LakeError
 
 TEMPORARY = ".tmp"
@@ -45,6 +47,10 @@ class ObjectStore(Protocol):
 
     def uri(self, key: str) -> str:
         """The address under which other tools find the object."""
+        ...
+
+    def arrow(self, key: str) -> tuple[FileSystem, str]:
+        """PyArrow's way to the object: its file system, and the object's path there."""
         ...
 
 
@@ -118,6 +124,10 @@ class LocalStore:
     def uri(self, key: str) -> str:
         """See ObjectStore."""
         return str(self._path(key))
+
+    def arrow(self, key: str) -> tuple[FileSystem, str]:
+        """See ObjectStore."""
+        return LocalFileSystem(), str(self._path(key))
 
     def _path(self, key: str) -> Path:
         parts = PurePosixPath(key).parts

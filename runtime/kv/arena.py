@@ -213,6 +213,7 @@ class Arena:
 class Layout:
     """The rows grouped by prompt, padded, so that a prompt's keys are read once for all of its rows."""
 
+    n_shortest: int  # tokens of the shortest live prompt
     n_longest: int  # tokens of the longest live prompt
     n_width: int  # rows of the prompt that has most
     owner: Tensor  # (rows,), the prompt of each row
@@ -225,14 +226,15 @@ class Layout:
         rows_of: list[list[int]] = [[] for _ in prompt_lengths]
         for row, owner in enumerate(owners):
             rows_of[owner].append(row)
+        bounds = min(prompt_lengths), max(prompt_lengths)
         width = max(len(rows) for rows in rows_of)
         padded = [row for rows in rows_of for row in rows + [0] * (width - len(rows))]
         owner_of = torch.tensor(owners, device=device)
         if padded == list(range(len(owners))):
-            return cls(max(prompt_lengths), width, owner_of, None, None)
+            return cls(*bounds, width, owner_of, None, None)
         place_of = {row: i * width + j for i, rows in enumerate(rows_of) for j, row in enumerate(rows)}
         places = torch.tensor([place_of[row] for row in range(len(owners))], device=device)
-        return cls(max(prompt_lengths), width, owner_of, torch.tensor(padded, device=device), places)
+        return cls(*bounds, width, owner_of, torch.tensor(padded, device=device), places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class RowsPass:
             slots = slots.masked_fill(ahead >= counts[:, None], arena.n_slots - 1)
             self.index = torch.minimum(self.index, stored + counts[:, None] - 1)
         self.flat_slots = self._flat(slots)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[int | None, tuple[Tensor | None, Tensor]] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -70,8 +70,11 @@ class RowsPass:
         row_keys, row_values = arena.rows[layer][:, self.rows]
         to_prompt = self._ungroup(scores.of(self._group(grouped), prompt_keys))
         to_row = scores.of(grouped, row_keys)
+        prompt_mask, row_mask = self._masks_of(scores.window)
+        if prompt_mask is not None:
+            to_prompt.view(n_rows, n_kv_heads, -1, n_new, layout.n_longest).add_(prompt_mask)
+        to_row.view(n_rows, n_kv_heads, -1, n_new, arena.n_slots).add_(row_mask)
         both = torch.cat((to_prompt, to_row), dim=-1)
-        both.view(n_rows, n_heads, n_new, -1).add_(self._mask(scores.window))
         weights = torch.softmax(both, dim=-1)  # which computes in float32 inside, whatever the number format
         attended = torch.matmul(weights[..., layout.n_longest :], row_values)
         attended += self._ungroup(torch.matmul(self._group(weights[..., : layout.n_longest]), prompt_values))
@@ -98,8 +101,11 @@ class RowsPass:
         heads = torch.arange(n_kv_heads, device=slots.device)[None, :, None]
         return ((rows + heads) * n_slots + slots[:, None]).flatten()
 
-    def _mask(self, window: int | None) -> Tensor:
-        """What is added to the scores: (rows, 1, new, tokens of the longest prompt + slots)."""
+    def _masks_of(self, window: int | None) -> tuple[Tensor | None, Tensor]:
+        """What is added to the scores, (rows, 1, 1, new, tokens of the longest prompt) and (rows, 1, 1, new, slots).
+
+        None where every row sees the whole of its prompt.
+        """
         if window not in self._masks:
             prompt_tokens = self.arena.prompt_tokens[self.layout.owner][:, None, None]  # (rows, 1, 1)
             in_prompt = torch.arange(self.layout.n_longest, device=self.index.device)
@@ -110,7 +116,10 @@ class RowsPass:
             if window is not None:
                 hidden_prompt = hidden_prompt | (in_prompt <= prompt_tokens + query - window)
                 hidden_row = hidden_row | (in_row <= query - window)
-            hidden = torch.cat((hidden_prompt, hidden_row), dim=-1)[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.arena.prompts.dtype, device=hidden.device)
-            self._masks[window] = mask.masked_fill_(hidden, -torch.inf)
+            sees_all = window is None and self.layout.n_shortest == self.layout.n_longest
+            self._masks[window] = None if sees_all else self._mask(hidden_prompt), self._mask(hidden_row)
         return self._masks[window]
+
+    def _mask(self, hidden: Tensor) -> Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self.arena.prompts.dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
