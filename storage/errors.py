@@ -5,6 +5,7 @@ StorageError
 │   └── DiskFullError no space left
 ├── RefError          no such dataset or version
 ├── SchemaError       a table that does not fit its schema
+├── AssemblyError     pairs that cannot be made as asked
 └── QueryError        SQL that DuckDB refuses
 """
 
@@ -27,6 +28,10 @@ class RefError(StorageError):
 
 class SchemaError(StorageError):
     """A table that does not fit its schema."""
+
+
+class AssemblyError(StorageError):
+    """Pairs that cannot be made as asked."""
 
 
 class QueryError(StorageError):

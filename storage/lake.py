@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -76,12 +78,10 @@ class Lake:
 
     def iter_shards(self, ref: DatasetRef, table: str, split: str | None = None) -> Iterator[pa.Table]:
         """The shards of a table, one by one, in order; LakeError for one that is not what the manifest lists."""
-        fix = "remove that version and run again"
         for file in self.manifest(ref).shards(table, split):
             data = self.store.read(f"{ref.prefix}/{file.path}")
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise LakeError(f"{ref}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
-            yield decode(table, data, f"{ref}: {file.path}", fix)
+            self._check(ref, file, hashlib.sha256(data).hexdigest())
+            yield decode(table, data, f"{ref}: {file.path}", "remove that version and run again")
 
     def read_table(
         self, ref: DatasetRef, table: str, split: str | None = None, columns: Sequence[str] | None = None
@@ -92,19 +92,27 @@ class Lake:
         return pa.concat_tables([TABLES[table].empty_table().select(chosen), *shards])
 
     def dataset(self, ref: DatasetRef, table: str, split: str | None = None) -> pads.Dataset:
-        """The shards of a table as one PyArrow dataset, to be read in pieces; LakeError for one that is missing.
+        """The shards of a table as one PyArrow dataset, to be read in pieces.
 
-        Content is not compared with the manifest: `verify` and `iter_shards` do that.
+        LakeError for a shard that is missing or is not what the manifest lists; all of them are hashed first.
         """
         places = []
         for file in self.manifest(ref).shards(table, split):
             key = f"{ref.prefix}/{file.path}"
             if not self.store.exists(key):
                 raise LakeError(f"{ref}: {file.path} is missing; remove that version and run again")
+            with self.store.open(key) as stored:
+                self._check(ref, file, hashlib.file_digest(cast(BufferedReader, stored), "sha256").hexdigest())
             places.append(self.store.arrow(key))
         if not places:
             return pads.dataset(TABLES[table].empty_table())
         return pads.dataset([path for _, path in places], TABLES[table], "parquet", places[0][0])
+
+    @staticmethod
+    def _check(ref: DatasetRef, file: FileEntry, sha256: str) -> None:
+        if sha256 != file.sha256:
+            fix = "remove that version and run again"
+            raise LakeError(f"{ref}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
 
     def folder(self, ref: DatasetRef, prefix: str) -> Path:
         """Local folder of a version's plain files, such as a model."""

@@ -20,7 +20,7 @@ STAGE_VERSIONS = {
     "generate": 2,
     "calibrate": 1,
     "score": 1,
-    "assemble": 1,
+    "assemble": 2,
     "finetune": 1,
     "evaluate": 1,
     "export": 1,

@@ -13,7 +13,7 @@ from storage.lake import DatasetRef, Lake, fingerprint
 from storage.refs import parse_ref
 from storage.schema import TABLES, checked, to_table
 from storage.writer import Provenance, Shard
-from tests.storage.rows import candidate, prompt
+from tests.storage.rows import candidate, prompt, publish_candidates
 from tests.storage.strategies import json_values
 
 GOLDEN = Path(__file__).parent / "golden_schemas.txt"
@@ -179,3 +179,19 @@ def test_sql_reaches_nothing_but_the_views(tmp_path: Path, sql: str) -> None:
         query(Lake.open(str(tmp_path / "lake")), sql.replace("{folder}", str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_dataset_of_a_damaged_shard_is_refused_before_anything_is_read(tmp_path: Path, damage: str) -> None:
+    lake = Lake.open(str(tmp_path))
+    ref = publish_candidates(lake)
+    assert lake.dataset(ref, "candidates").count_rows() == 3
+    (shard,) = (Path(ref.uri) / "candidates").iterdir()
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(data if damage == "flip" else data[:-9])
+    with pytest.raises(LakeError, match="is missing" if damage == "remove" else "is damaged"):
+        lake.dataset(ref, "candidates")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from storage.errors import SchemaError
 from storage.lake import Lake
-from storage.pairs import PairRules, build_pairs
 from storage.schema import checked, to_table
 from storage.writer import Provenance, Shard
+from tests.storage.assembly.pairs import build_pairs
 from tests.storage.rows import candidate, prompt
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def test_every_main_table_is_what_datasets_loads_by_default(tmp_path: Path, kind
 
     prompts = to_table("prompts", [prompt("p0"), prompt("p1")])
     answers = [candidate(f"p{i}", j, float(j)) for i in range(2) for j in range(2)]
-    pairs = build_pairs(to_table("candidates", answers), prompts, PairRules())
+    pairs = build_pairs(to_table("candidates", answers), prompts)
     lake = Lake.open(str(tmp_path / "lake"))
     writer = lake.writer(kind, "demo", "0123456789ab")
     data = {"prompts": prompts, "preferences": pairs.preferences}[kind]

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.pairs import PairRules, build_pairs
+from storage.assembly.rules import AssemblyRules, GroupRules, PairRules
 from storage.schema import to_table
+from tests.storage.assembly.pairs import build_pairs
 from tests.storage.rows import candidate, prompt
 
 scores = st.one_of(st.none(), st.integers(-3, 3).map(float))
@@ -54,7 +55,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
     candidates, prompts = _tables([[(float(j * i % 4), "eos", "ok") for j in range(5)] for i in range(1, 6)])
     backwards = candidates.take(list(reversed(range(candidates.num_rows))))
     for strategy in ("best_vs_worst", "best_vs_random", "best_vs_second"):
-        rules = PairRules(strategy, max_pairs_per_group=1)
+        rules = AssemblyRules(pairs=PairRules(strategy), groups=GroupRules(max_pairs=1))
         first, second = build_pairs(candidates, prompts, rules), build_pairs(backwards, prompts, rules)
         assert first.preferences.equals(second.preferences)
         assert first.rejected.equals(second.rejected)
@@ -72,7 +73,7 @@ def test_best_vs_random_is_seeded() -> None:
 
 def test_a_quota_caps_every_group_and_says_so() -> None:
     tables = _tables([[(0.0, "eos", "ok"), (1.0, "eos", "ok")] for _ in range(9)])
-    result = build_pairs(*tables, PairRules(max_pairs_per_group=2))
+    result = build_pairs(*tables, GroupRules(max_pairs=2))
     assert sorted(result.preferences["group"].to_pylist()) == ["a", "a", "b", "b"]
     assert set(result.rejected["reason"].to_pylist()) == {"quota"}
     assert result.rejected.num_rows == 5
@@ -121,7 +122,9 @@ def test_every_prompt_gives_one_sound_pair_or_one_reason(
     drawn: list[list[tuple[Any, ...]]], strategy: Any, quota: int | None
 ) -> None:
     candidates, prompts = _tables(drawn)
-    result = build_pairs(candidates, prompts.slice(1), PairRules(strategy, 0.5, quota))
+    result = build_pairs(
+        candidates, prompts.slice(1), AssemblyRules(pairs=PairRules(strategy, 0.5), groups=GroupRules(quota))
+    )
     pairs, dropped = result.preferences.to_pylist(), result.rejected.to_pylist()
     assert sorted(row["prompt_id"] for row in pairs + dropped) == [f"p{i}" for i in range(len(drawn))]
     assert next(row["reason"] for row in dropped if row["prompt_id"] == "p0") == "unknown_prompt"

@@ -1,0 +1,1 @@
+"""Which prompts a dataset should not have: near duplicates, contamination, other languages."""
