@@ -82,7 +82,8 @@ SELECT p.messages AS prompt,
        [{'role': 'assistant', 'content': q.rejected}] AS rejected,
        q.prompt_id, q."group", q.score_chosen, q.score_rejected, q.score_margin, $strategy AS strategy,
        q.chosen_index, q.rejected_index,
-       NULL::DOUBLE AS policy_logp_ref_chosen, NULL::DOUBLE AS policy_logp_ref_rejected
+       NULL::DOUBLE AS policy_logp_ref_chosen, NULL::DOUBLE AS policy_logp_ref_rejected,
+       NULL::INTEGER AS n_votes, NULL::DOUBLE AS agreement, NULL::VARCHAR AS annotator
 FROM paired AS q JOIN prompts AS p USING (prompt_id)
 WHERE q.reason IS NULL AND q.turn_in_group <= $quota
 ORDER BY q.prompt_id

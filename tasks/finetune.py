@@ -39,7 +39,7 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, FinetuneConfig)
     use_threads(config.threads)
-    pairs = lake.read_table(lake.resolve(step.inputs["preferences"]), "preferences")
+    pairs = lake.read_table(lake.resolve(step.inputs["preferences"]), "preferences", "train")
     # Loaded anew, not from the process's cache: training changes the weights.
     policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="winnow-finetune-") as folder:
