@@ -8,28 +8,23 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tasks.settings_base import NAME_PATTERN as NAME_PATTERN
+from tasks.settings_base import STARTER as STARTER
+from tasks.settings_base import SourceConfig as SourceConfig
+from tasks.settings_base import StageConfig as StageConfig
+from tasks.settings_import import ImportConfig as ImportConfig
+
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
 PromptFormat = Literal["chat", "text"]
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
-STARTER = "starter"
-
 TERM_PATTERN = re.compile(
     r"(?P<weight>-?\d+(\.\d+)?)\*(?P<kind>classifier|likelihood|likelihood_sum|function):(?P<target>\S+)"
 )
 
 Stage = TypeVar("Stage", bound="StageConfig")
-
-
-class StageConfig(BaseModel):
-    """What all stages share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field("main", title="Name", description="Name of the datasets in the lake", pattern=NAME_PATTERN)
 
 
 class RewardConfig(StageConfig):
@@ -86,16 +81,9 @@ class RewardConfig(StageConfig):
         return found
 
 
-class IngestConfig(StageConfig):
+class IngestConfig(SourceConfig):
     """Where prompts come from and which group each belongs to."""
 
-    source: str = Field(
-        STARTER, title="Source", description="starter, a file, a folder or hub name of a datasets dataset", min_length=1
-    )
-    format: Literal["auto", "jsonl", "parquet", "csv", "dataset"] = Field(
-        "auto", title="Format", description="auto: by the file name's ending"
-    )
-    dataset_split: str = Field("train", title="Dataset split", description="Split to read from a datasets dataset")
     messages_column: str | None = Field(
         None, title="Messages column", description="Column with lists of {role, content}; the default is messages"
     )
@@ -352,6 +340,9 @@ class PipelineConfig(BaseModel):
 
     name: str = Field("main", title="Name", description="Name of all its datasets", pattern=NAME_PATTERN)
     ingest: IngestConfig = Field(IngestConfig(), title="Ingest", description="Where prompts come from")
+    import_preferences: ImportConfig = Field(
+        ImportConfig(), title="Import", description="Run by `winnow import` only: pairs that are there already"
+    )
     generate: GenerateConfig = Field(GenerateConfig(), title="Generate", description="Best-of-N decoding")
     calibrate: CalibrateConfig = Field(
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
