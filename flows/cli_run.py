@@ -132,13 +132,13 @@ def import_preferences(
 ) -> None:
     """Preference pairs that are there already, with their groups: HH-RLHF, persona statements, annotators, any table.
 
-    Every other field is set with --set import_preferences.FIELD=VALUE; docs/importing.md lists them.
+    Every other field is set with --set import.FIELD=VALUE; docs/importing.md lists them.
     """
     given = {"source": source, "layout": layout, "group_constant": group, "group_column": group_column}
     given |= {"prompt_column": prompt_column}
-    shortcuts = [f"import_preferences.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    shortcuts = [f"import.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if test_share is not None:
-        shortcuts.append(f"import_preferences.test_share={test_share}")
+        shortcuts.append(f"import.test_share={test_share}")
     found = load_config(config, [*overrides(values, name), *shortcuts])
     _run_stage("import_preferences", found, lake, as_json, verbose)
 
