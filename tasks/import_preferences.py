@@ -13,7 +13,7 @@ from storage.splits import split_of
 from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import InputError
-from tasks.importers.collect import Collected, collect, contradictions
+from tasks.importers.collect import Collected, collect, contradictions, rejected_row
 from tasks.importers.records import Pair
 from tasks.importers.sources import identity, read_source
 from tasks.settings_import import ImportConfig
@@ -113,14 +113,8 @@ def _prompt_row(pair: Pair, config: ImportConfig) -> dict[str, object]:
 
 
 def _other_group_row(pair: Pair) -> dict[str, object]:
-    return {
-        "stage": "import",
-        "row": None,
-        "prompt_id": pair.prompt_id,
-        "group": pair.group,
-        "reason": "duplicate_in_other_group",
-        "detail": "the prompt is there under another group; its pairs are kept",
-    }
+    detail = "the prompt is there under another group; its pairs are kept"
+    return rejected_row("duplicate_in_other_group", detail, pair.group) | {"prompt_id": pair.prompt_id}
 
 
 def _split(pair: Pair, config: ImportConfig) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tasks.errors import InputError
-from tasks.importers.layouts import needed_columns, parse_row
+from tasks.importers.layouts import group_of, needed_columns, parse_row
 from tasks.importers.records import Judgement, Pair
 from tasks.importers.sources import SourceRow
 from tasks.importers.votes import Count, count_votes, winner
@@ -24,18 +24,21 @@ class Collected:
     rows_per_file: Counter[str] = field(default_factory=Counter)
     n_judgements: int = 0
 
-    def reject(self, reason: str, detail: str, about: Pair | Judgement | None = None, row: int | None = None) -> None:
-        """Keep why there is no pair."""
-        self.rejected.append(
-            {
-                "stage": "import",
-                "row": row,
-                "prompt_id": about.prompt_id if about else None,
-                "group": about.group if about else None,
-                "reason": reason,
-                "detail": detail,
-            }
-        )
+    def reject(self, reason: str, detail: str, about: Pair | Judgement) -> None:
+        """Keep why there is no pair, where that is not about one row."""
+        self.rejected.append(rejected_row(reason, detail, about.group) | {"prompt_id": about.prompt_id})
+
+
+def rejected_row(reason: str, detail: str, group: str | None) -> dict[str, object]:
+    """A row of `rejected`."""
+    return {
+        "stage": "import",
+        "row": None,
+        "prompt_id": None,
+        "group": group,
+        "reason": reason,
+        "detail": detail,
+    }
 
 
 def collect(rows: Iterable[SourceRow], config: ImportConfig) -> Collected:
@@ -47,11 +50,13 @@ def collect(rows: Iterable[SourceRow], config: ImportConfig) -> Collected:
     for source in rows:
         found.rows_per_file[source.file] += 1
         about: Pair | Judgement | None = None
+        group = None
         try:
             if isinstance(source.row, Unreadable):
                 raise Unusable("unreadable", source.row.detail)
             columns.update(source.row)
-            about = parse_row(source.row, config, source.file_group)
+            group = group_of(source.row, config, source.file_group)
+            about = parse_row(source.row, config, group)
             place = f"{source.file} row {source.number}".strip()
             _refuse_double(about, place, seen)
             if isinstance(about, Judgement):
@@ -61,7 +66,9 @@ def collect(rows: Iterable[SourceRow], config: ImportConfig) -> Collected:
                 found.pairs.append(about)
         except Unusable as error:
             reason, detail = error.args
-            found.reject(reason, f"{source.file}: {detail}" if source.file else detail, about, source.number)
+            row = rejected_row(reason, f"{source.file}: {detail}" if source.file else detail, group)
+            prompt_id = about.prompt_id if about else None
+            found.rejected.append(row | {"row": source.number, "prompt_id": prompt_id})
     _check_columns(columns, config)
     found.n_judgements = len(judgements)
     _vote(found, judgements, config)

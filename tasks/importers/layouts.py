@@ -14,9 +14,9 @@ NO_GROUP = "all"
 STATEMENT = 'Is the following statement something you would say?\n"{}"'
 
 
-def parse_row(row: Row, config: ImportConfig, file_group: str | None) -> Pair | Judgement:
+def parse_row(row: Row, config: ImportConfig, group: str) -> Pair | Judgement:
     """The row under the configured layout; Unusable with a reason when it does not fit."""
-    return _PARSERS[config.layout](row, config, _group(row, config, file_group))
+    return _PARSERS[config.layout](row, config, group)
 
 
 def needed_columns(config: ImportConfig) -> list[str]:
@@ -93,7 +93,7 @@ _PARSERS: Mapping[Layout, Callable[[Row, ImportConfig, str], Pair | Judgement]] 
 }
 
 
-def _group(row: Row, config: ImportConfig, file_group: str | None) -> str:
+def group_of(row: Row, config: ImportConfig, file_group: str | None) -> str:
     """The constant, the configured column, the layout's own column, or what the file's name says."""
     if config.group_constant:
         return clean_text(config.group_constant)

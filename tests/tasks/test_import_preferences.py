@@ -114,6 +114,14 @@ def test_a_model_is_trained_on_the_train_split_of_an_import(
     assert any((a != b).any() for a, b in zip(trained.parameters(), base.parameters(), strict=True))
 
 
+def test_training_where_every_pair_is_held_out_says_so(tmp_path: Path, tiny_policy_dir: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", _rows(3))
+    lake, _ = _publish(path, tmp_path / "lake", test_share=0.999)
+    config = FinetuneConfig(name="human", model=str(tiny_policy_dir), threads=1)
+    with pytest.raises(ConfigError, match="has no pair to train on; lower test_share"):
+        finetune.finetune.fn(finetune.prepare(config, lake), lake.root)
+
+
 def test_the_held_out_prompts_of_an_import_can_be_answered(
     imported: tuple[Lake, DatasetRef], tmp_path: Path, tiny_policy_dir: Path, tiny_reward_dir: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_transcripts_become_messages_and_two_answers(tmp_path: Path) -> None:
         (7, "duplicate"),
         (8, "missing_value"),
     ]
+    assert {row["group"] for row in found.rejected} == {"helpful-base"}
 
 
 @pytest.mark.parametrize(
