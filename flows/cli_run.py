@@ -47,6 +47,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("plan")(plan)
     app.command("ingest")(ingest)
+    app.command("import")(import_preferences)
     for stage, text in STAGE_HELP.items():
         app.command(stage, help=text)(_stage_command(stage))
 
@@ -113,6 +114,33 @@ def ingest(
     shortcuts = [f"ingest.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     found = load_config(config, [*overrides(values, name), *shortcuts])
     _run_stage("ingest", found, lake, as_json, verbose)
+
+
+def import_preferences(
+    source: Annotated[str | None, typer.Argument(help="A file, a folder, or a hub name.")] = None,
+    name: NameOption = None,
+    layout: Annotated[str | None, typer.Option(help="columns (default), hh_rlhf, persona or annotators.")] = None,
+    group: Annotated[str | None, typer.Option(help="One group for all pairs.")] = None,
+    group_column: Annotated[str | None, typer.Option(help="Column that says whose preference it is.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with text or messages.")] = None,
+    test_share: Annotated[float | None, typer.Option(help="Share of prompts kept out of training.")] = None,
+    config: ConfigOption = None,
+    values: SetOption = [],  # noqa: B006
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Preference pairs that are there already, with their groups: HH-RLHF, persona statements, annotators, any table.
+
+    Every other field is set with --set import.FIELD=VALUE; docs/importing.md lists them.
+    """
+    given = {"source": source, "layout": layout, "group_constant": group, "group_column": group_column}
+    given |= {"prompt_column": prompt_column}
+    shortcuts = [f"import.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if test_share is not None:
+        shortcuts.append(f"import.test_share={test_share}")
+    found = load_config(config, [*overrides(values, name), *shortcuts])
+    _run_stage("import_preferences", found, lake, as_json, verbose)
 
 
 def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict[str, DatasetRef], dict[str, bool]]:

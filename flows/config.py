@@ -12,6 +12,8 @@ from tasks.errors import ConfigError
 from tasks.settings import PipelineConfig
 
 ENVIRONMENT_PREFIX = "WINNOW_"
+# What people write for a section whose name is a word of Python's.
+SECTIONS = {"import": "import_preferences"}
 NOT_CONFIG = ("WINNOW_LAKE", "WINNOW_FUNCTIONS")  # read elsewhere
 
 
@@ -19,7 +21,9 @@ def load_config(
     path: Path | None, overrides: Iterable[str] = (), environment: Mapping[str, str] = os.environ
 ) -> PipelineConfig:
     """Read and check a configuration; ConfigError names the first wrong key or value and the fix."""
-    values = _read_toml(path) if path else {}
+    values: dict[str, object] = {}
+    for key, value in (_read_toml(path) if path else {}).items():
+        values[SECTIONS.get(key, key)] = value
     for key, text in environment.items():
         if key.startswith(ENVIRONMENT_PREFIX) and key not in NOT_CONFIG:
             _assign(values, key.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), text, key)
@@ -66,6 +70,7 @@ def _read_toml(path: Path) -> dict[str, object]:
 
 def _assign(values: dict[str, object], keys: list[str], text: str, shown: str) -> None:
     table = values
+    keys = [SECTIONS.get(keys[0], keys[0]), *keys[1:]]
     for key in keys[:-1]:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):

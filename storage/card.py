@@ -17,7 +17,9 @@ def _front_matter(manifest: Manifest) -> str:
     licence = manifest.config.get("license")
     lines = [f"license: {json.dumps(licence)}"] if licence else []
     if manifest.kind == "preferences":
-        lines += ["tags:", "- preference", "- dpo", "- synthetic"]
+        lines += ["tags:", "- preference", "- dpo"]
+        # Imported pairs were there before; whether people or models wrote them is the source's to say.
+        lines += [] if manifest.stage == "import" else ["- synthetic"]
     tables = sorted({file.table for file in manifest.files if file.table and file.rows} - _NOT_LISTED)
     if tables:
         lines.append("configs:")

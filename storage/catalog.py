@@ -143,7 +143,7 @@ def _create_view(
         parts.append(
             f"SELECT n.dataset, n.version, t.* FROM _{view}_{number} AS t, _{view}_names AS n WHERE n.number = {number}"
         )
-    connection.execute(f"CREATE VIEW {view} AS {' UNION ALL '.join(parts)}")
+    connection.execute(f"CREATE VIEW {view} AS {' UNION ALL BY NAME '.join(parts)}")
 
 
 def _present(lake: Lake, ref: DatasetRef, path: str) -> str:

@@ -52,14 +52,19 @@ PREFERENCES = pa.schema(
         pa.field("rejected", MESSAGES, nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("group", pa.string(), nullable=False),
-        pa.field("score_chosen", pa.float64(), nullable=False),
-        pa.field("score_rejected", pa.float64(), nullable=False),
-        pa.field("score_margin", pa.float64(), nullable=False),
+        # Null in pairs that people chose: those have neither scores nor candidates.
+        pa.field("score_chosen", pa.float64()),
+        pa.field("score_rejected", pa.float64()),
+        pa.field("score_margin", pa.float64()),
         pa.field("strategy", pa.string(), nullable=False),
-        pa.field("chosen_index", pa.int32(), nullable=False),
-        pa.field("rejected_index", pa.int32(), nullable=False),
+        pa.field("chosen_index", pa.int32()),
+        pa.field("rejected_index", pa.int32()),
         pa.field("policy_logp_ref_chosen", pa.float64()),
         pa.field("policy_logp_ref_rejected", pa.float64()),
+        # Of pairs that several people judged: how many of the group, and the share of them that is for `chosen`.
+        pa.field("n_votes", pa.int32()),
+        pa.field("agreement", pa.float64()),
+        pa.field("annotator", pa.string()),
     ]
 )
 REJECTED = pa.schema(
@@ -130,6 +135,25 @@ def checked(table: str, data: pa.Table) -> pa.Table:
         return data.select(schema.names).cast(schema)
     except (pa.ArrowException, ValueError) as error:
         raise SchemaError(f"{table}: {error}") from error
+
+
+def grown(table: str, data: pa.Table) -> pa.Table | None:
+    """`data`, maybe of an older Winnow, under today's schema of `table`; None when it is something else.
+
+    A schema may only grow: columns that came later are null, columns that had to be filled may have become optional.
+    """
+    columns = []
+    for field in TABLES[table]:
+        found = data.schema.field(field.name) if field.name in data.schema.names else None
+        if found is None and field.nullable:
+            columns.append(pa.nulls(data.num_rows, field.type))
+        elif found is not None and found.type.equals(field.type) and (field.nullable or not found.nullable):
+            columns.append(data[field.name])
+        else:
+            return None
+    if not set(data.schema.names) <= set(TABLES[table].names):
+        return None
+    return pa.Table.from_arrays(columns, schema=TABLES[table])
 
 
 def _refuse_fractions(table: str, field: pa.Field, rows: Sequence[Mapping[str, object]]) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import LakeError
-from storage.schema import TABLES, checked
+from storage.schema import TABLES, checked, grown
 
 ROW_GROUP_ROWS = 10_000
 
@@ -51,6 +51,9 @@ def decode(table: str, data: bytes, shown: str, fix: str) -> pa.Table:
     # The bytes are in memory, so an OSError is not the disk: it is how PyArrow reports damaged Thrift and zstd.
     except (pa.ArrowException, OSError, ValueError) as error:
         raise LakeError(f"{shown} is damaged; {fix}") from error
-    if not found.schema.equals(TABLES[table]):
+    if found.schema.equals(TABLES[table]):
+        return found
+    rows = grown(table, found)
+    if rows is None:
         raise LakeError(f"{shown} has another schema; {fix}")
-    return found
+    return rows

@@ -12,6 +12,7 @@ from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
+from tasks.errors import ConfigError
 from tasks.models import model_identity, model_path, use_threads
 from tasks.rows import messages_of
 from tasks.settings import FinetuneConfig
@@ -39,7 +40,9 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, FinetuneConfig)
     use_threads(config.threads)
-    pairs = lake.read_table(lake.resolve(step.inputs["preferences"]), "preferences")
+    pairs = lake.read_table(lake.resolve(step.inputs["preferences"]), "preferences", "train")
+    if pairs.num_rows == 0:
+        raise ConfigError(f"{step.inputs['preferences']} has no pair to train on; lower test_share where it was made")
     # Loaded anew, not from the process's cache: training changes the weights.
     policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
     with tempfile.TemporaryDirectory(prefix="winnow-finetune-") as folder:

@@ -1,9 +1,6 @@
 """Raw rows to prompts: normalised, grouped, de-duplicated, split; rows that cannot be used are kept with a reason."""
 
-import hashlib
-import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,16 +14,12 @@ from storage.writer import Shard
 from tasks.artifacts import show_stage
 from tasks.errors import ConfigError, InputError
 from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
+from tasks.messages import Unusable, clean_prompt, prompt_id_of
 from tasks.settings import IngestConfig
 from tasks.versions import Step
 
-ROLES = ("system", "user", "assistant", "tool")
 TEXT_COLUMNS = ("prompt", "text", "instruction", "question")
 NO_GROUP = "all"
-
-
-class _Unusable(Exception):
-    """A row that becomes a rejected row: (reason, detail)."""
 
 
 @dataclass(slots=True)
@@ -80,16 +73,16 @@ def clean(rows: Iterable[RawRow], config: IngestConfig) -> Ingested:
         group = None
         try:
             if isinstance(row, Unreadable):
-                raise _Unusable("unreadable", row.detail)
+                raise Unusable("unreadable", row.detail)
             columns.update(row)
-            messages = _messages(row, config)
+            messages = clean_prompt(_raw_messages(row, config), config.system_prompt)
             group = _group(row, messages, config, rules)
-            prompt_id = _prompt_id(messages)
+            prompt_id = prompt_id_of(messages)
             if prompt_id in seen:
-                raise _Unusable("duplicate" if seen[prompt_id] == group else "duplicate_in_other_group", prompt_id)
+                raise Unusable("duplicate" if seen[prompt_id] == group else "duplicate_in_other_group", prompt_id)
             seen[prompt_id] = group
             _place(found, _prompt(row, (prompt_id, messages, group), config), config)
-        except _Unusable as error:
+        except Unusable as error:
             reason, detail = error.args
             found.rejected.append(_rejected(number, group, reason, detail))
     _check_columns(columns, config, found)
@@ -107,36 +100,19 @@ def _place(found: Ingested, prompt: dict[str, object], config: IngestConfig) -> 
         found.prompts[split].append(prompt)
 
 
-def _messages(row: Mapping[str, object], config: IngestConfig) -> list[dict[str, str]]:
-    raw = _raw_messages(row, config)
-    messages = []
-    for turn in raw:
-        if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise _Unusable("bad_messages", f"each message needs a role out of {', '.join(ROLES)} and text as content")
-        content = unicodedata.normalize("NFC", turn["content"]).replace("\r\n", "\n").strip()
-        if not content:
-            raise _Unusable("empty_prompt", f"the {turn['role']} message has no text")
-        messages.append({"role": turn["role"], "content": content})
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise _Unusable("bad_messages", f"the last message is the {messages[-1]['role']}'s; it must be the user's")
-    if config.system_prompt and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": config.system_prompt})
-    return messages
-
-
 def _raw_messages(row: Mapping[str, object], config: IngestConfig) -> list[object]:
     column = config.messages_column or ("messages" if "messages" in row and not config.prompt_column else None)
     if column:
         value = row.get(column)
         if not isinstance(value, list) or not value:
-            raise _Unusable("missing_value", f'column "{column}" has no list of messages')
+            raise Unusable("missing_value", f'column "{column}" has no list of messages')
         return value
     text_column = config.prompt_column or next((name for name in TEXT_COLUMNS if name in row), None)
     value = row.get(text_column) if text_column else None
     if isinstance(value, list) and not config.prompt_column and value:
         return value  # a conversational `prompt` column
     if not isinstance(value, str):
-        raise _Unusable("missing_value", f'column "{text_column or "messages"}" has no text')
+        raise Unusable("missing_value", f'column "{text_column or "messages"}" has no text')
     return [{"role": "user", "content": value}]
 
 
@@ -152,14 +128,14 @@ def _group(
         text = "\n".join(message["content"] for message in messages)
         matched = next((group for pattern, group in rules if pattern.search(text)), None)
         if matched is None:
-            raise _Unusable("no_group", "no group rule matches")
+            raise Unusable("no_group", "no group rule matches")
         return matched
     column = config.group_column or ("group" if "group" in row else None)
     if column is None:
         return NO_GROUP
     value = row.get(column)
     if value is None or not str(value).strip():
-        raise _Unusable("no_group", f'column "{column}" is empty')
+        raise Unusable("no_group", f'column "{column}" is empty')
     return str(value).strip()
 
 
@@ -176,12 +152,6 @@ def _prompt(
         "source": config.source,
         "license": config.license,
     }
-
-
-def _prompt_id(messages: list[dict[str, str]]) -> str:
-    """32 hexadecimal digits of the sha256 over the normalised messages."""
-    text = json.dumps(messages, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _compiled(rules: Iterable[str]) -> list[tuple[re.Pattern[str], str]]:

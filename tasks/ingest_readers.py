@@ -1,21 +1,30 @@
-"""Reading raw prompt rows: JSONL, Parquet, CSV, a `datasets` folder or hub name, the starter's own prompts.
+"""Reading raw rows: JSONL or JSON, Parquet, CSV (each also .gz), a `datasets` folder or name, the starter's prompts.
 
 A reader yields (row number from 1, row) or (row number, Unreadable); a source that cannot be read at all is an
 InputError.
 """
 
 import csv
+import gzip
 import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from storage.shards import read_parquet
 from tasks.errors import InputError
-from tasks.settings import STARTER, IngestConfig
+from tasks.settings import STARTER, SourceConfig
 from tasks.versions import digest_file
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_UNPACKED_BYTES = 4 << 30
+BATCH_ROWS = 1000
 ENDINGS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -29,7 +38,7 @@ class Unreadable:
 RawRow = tuple[int, dict[str, object] | Unreadable]
 
 
-def source_identity(config: IngestConfig) -> str:
+def source_identity(config: SourceConfig) -> str:
     """What the source adds to the fingerprint: the hash of its bytes, or the revision of a hub dataset."""
     if config.source == STARTER or source_format(config) != "dataset":
         return digest_file(_read_bytes(_file_of(config)))
@@ -40,35 +49,45 @@ def source_identity(config: IngestConfig) -> str:
     return _hub_revision(config.source)
 
 
-def source_format(config: IngestConfig) -> str:
+def source_format(config: SourceConfig) -> str:
     """The configured format, or the one that the source's name says."""
     if config.source == STARTER:
         return "jsonl"
     if config.format != "auto":
         return config.format
-    ending = Path(config.source).suffix.lower()
+    ending = ending_of(Path(config.source))
     if ending in ENDINGS:
         return ENDINGS[ending]
-    if ending and Path(config.source).is_file():
+    if Path(config.source).is_file():
+        shown = Path(config.source).suffix
         raise InputError(
-            f'source "{config.source}": unknown ending "{ending}"; set format = "jsonl", "parquet" or "csv"'
+            f'source "{config.source}": unknown ending "{shown}"; set format = "jsonl", "parquet" or "csv"'
         )
     return "dataset"
 
 
-def read_rows(config: IngestConfig) -> Iterator[RawRow]:
+def ending_of(path: Path) -> str:
+    """The ending that says the format: `.jsonl` of `x.jsonl.gz`."""
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if ending == ".gz" else ending
+
+
+def read_rows(config: SourceConfig) -> Iterator[RawRow]:
     """All rows of the source."""
     kind = source_format(config)
     if kind == "dataset":
         return _read_dataset(config)
     path = _file_of(config)
-    data = _read_bytes(path)
+    data = _unpacked(_read_bytes(path), path)
     if kind == "parquet":
         return _read_parquet(data, path)
-    return _read_jsonl(data, path) if kind == "jsonl" else _read_csv(data, path)
+    if kind == "csv":
+        return _read_csv(data, path)
+    is_list = ending_of(path) == ".json" and data.lstrip()[:1] == b"["
+    return _read_json_list(data, path) if is_list else _read_jsonl(data)
 
 
-def _file_of(config: IngestConfig) -> Path:
+def _file_of(config: SourceConfig) -> Path:
     if config.source == STARTER:
         from runtime.starter import prompts_path
 
@@ -85,13 +104,37 @@ def _read_bytes(path: Path) -> bytes:
         raise InputError(f'source "{path}" cannot be read: {error.strerror}') from error
 
 
-def _read_jsonl(data: bytes, path: Path) -> Iterator[RawRow]:
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """The content of a .gz file; any other as it is."""
+    if path.suffix.lower() != ".gz":
+        return data
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            found = file.read(MAX_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f'source "{path}" is not a whole gzip file: {error}') from error
+    if len(found) > MAX_UNPACKED_BYTES:
+        raise InputError(f'source "{path}" unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; split it')
+    return found
+
+
+def _read_json_list(data: bytes, path: Path) -> Iterator[RawRow]:
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f'source "{path}" is not a JSON list: {error}') from error
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, dict) else Unreadable("not a JSON object")
+
+
+def _read_jsonl(data: bytes) -> Iterator[RawRow]:
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        # ValueError: no JSON, no UTF-8, or a number of thousands of digits.
+        except (ValueError, RecursionError) as error:
             yield number, Unreadable(f"not JSON: {error}")
             continue
         yield number, row if isinstance(row, dict) else Unreadable("not a JSON object")
@@ -104,7 +147,9 @@ def _read_csv(data: bytes, path: Path) -> Iterator[RawRow]:
         raise InputError(
             f'source "{path}" is not UTF-8 text ({error.reason} at byte {error.start}); convert it'
         ) from error
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a long conversation is no broken file
     reader = csv.DictReader(io.StringIO(text, newline=""))
+    _refuse_double_columns(reader.fieldnames or [], path)
     for number, row in enumerate(reader, start=1):
         if None in row or None in row.values():
             yield number, Unreadable("the number of cells differs from the header")
@@ -116,14 +161,33 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[RawRow]:
     import pyarrow as pa
 
     try:
-        rows = read_parquet(data).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        table = read_parquet(data)
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f'source "{path}" is not a readable Parquet file: {reason}') from error
-    yield from enumerate(rows, start=1)
+    _refuse_double_columns(table.schema.names, path)
+    for start in range(0, table.num_rows, BATCH_ROWS):
+        yield from enumerate(_python_rows(table.slice(start, BATCH_ROWS)), start=start + 1)
 
 
-def _read_dataset(config: IngestConfig) -> Iterator[RawRow]:
+def _python_rows(table: "pa.Table") -> Iterator[dict[str, object] | Unreadable]:
+    try:
+        yield from table.to_pylist()
+    except (UnicodeDecodeError, OverflowError) as error:
+        if table.num_rows == 1:
+            yield Unreadable(str(error))
+            return
+        for number in range(table.num_rows):
+            yield from _python_rows(table.slice(number, 1))
+
+
+def _refuse_double_columns(names: Sequence[str], path: Path) -> None:
+    double = [name for name, count in Counter(names).items() if count > 1]
+    if double:
+        raise InputError(f'source "{path}" has {len(double)} column names twice, such as "{double[0]}"; rename one')
+
+
+def _read_dataset(config: SourceConfig) -> Iterator[RawRow]:
     import datasets
 
     try:

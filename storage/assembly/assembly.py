@@ -13,8 +13,9 @@ import pyarrow.dataset as pads
 from storage.assembly.answers import judge_answers
 from storage.assembly.pairing import explain_drops, propose_pairs
 from storage.assembly.quotas import apply_quotas
-from storage.assembly.rules import AssemblyRules
+from storage.assembly.rules import AssemblyRules, PairRules
 from storage.schema import checked
+from storage.splits import split_of
 
 MEMORY_LIMIT = "1GB"  # what does not fit is spilled to disk
 BATCH_ROWS = 10_000
@@ -30,19 +31,31 @@ SEMI JOIN (
 ) AS needed ON needed.prompt_id = c.prompt_id AND needed.candidate_index = c.candidate_index
 """
 
+# Scorers are raters: where at least two judged both answers, how many did, and the share of them that is for `chosen`.
 _PREFERENCES = """
-SELECT p.messages AS prompt,
-       [{'role': 'assistant', 'content': c.response}] AS chosen,
-       [{'role': 'assistant', 'content': r.response}] AS rejected,
-       q.prompt_id, q."group", q.score_chosen, q.score_rejected, q.score_margin, $strategy AS strategy,
-       q.chosen_index, q.rejected_index,
-       NULL::DOUBLE AS policy_logp_ref_chosen, NULL::DOUBLE AS policy_logp_ref_rejected
-FROM kept AS q
-JOIN prompts AS p ON p.prompt_id = q.prompt_id
-JOIN texts AS c ON c.prompt_id = q.prompt_id AND c.candidate_index = q.chosen_index
-JOIN texts AS r ON r.prompt_id = q.prompt_id AND r.candidate_index = q.rejected_index
-WHERE q.split = $split
-ORDER BY q.prompt_id, q.chosen_index, q.rejected_index
+WITH pairs AS (
+    SELECT q.*, p.messages, c.response AS chosen, r.response AS rejected,
+           list_transform(
+               list_filter(c.scores, lambda s: list_contains(list_transform(r.scores, lambda t: t.scorer), s.scorer)),
+               lambda s: s.value > list_filter(r.scores, lambda t: t.scorer = s.scorer)[1].value
+           ) AS votes
+    FROM kept AS q
+    JOIN prompts AS p ON p.prompt_id = q.prompt_id
+    JOIN texts AS c ON c.prompt_id = q.prompt_id AND c.candidate_index = q.chosen_index
+    JOIN texts AS r ON r.prompt_id = q.prompt_id AND r.candidate_index = q.rejected_index
+    WHERE q.split = $split
+)
+SELECT messages AS prompt,
+       [{'role': 'assistant', 'content': chosen}] AS chosen,
+       [{'role': 'assistant', 'content': rejected}] AS rejected,
+       prompt_id, "group", score_chosen, score_rejected, score_margin, $strategy AS strategy,
+       chosen_index, rejected_index,
+       NULL::DOUBLE AS policy_logp_ref_chosen, NULL::DOUBLE AS policy_logp_ref_rejected,
+       CASE WHEN len(votes) > 1 THEN len(votes)::INTEGER END AS n_votes,
+       CASE WHEN len(votes) > 1 THEN len(list_filter(votes, lambda v: v)) / len(votes) END AS agreement,
+       NULL::VARCHAR AS annotator
+FROM pairs
+ORDER BY prompt_id, chosen_index, rejected_index
 """
 
 # Prompts without a pair, and the answers that the user's own bounds removed.
@@ -159,8 +172,17 @@ def assembled(
         schema = pa.schema([(name, pa.string()) for name in ("prompt_id", "reason", "detail")])
         connection.register("screened", pa.Table.from_pylist([dict(row) for row in screened], schema=schema))
         judge_answers(connection, rules.answers)
+        _split(connection, rules.pairs)
         propose_pairs(connection, rules.pairs)
         apply_quotas(connection, rules.groups)
         explain_drops(connection, rules.pairs)
         connection.execute(_TEXTS)
         yield Assembly(connection, rules)
+
+
+def _split(connection: duckdb.DuckDBPyConnection, rules: PairRules) -> None:
+    """Make `splits`: the split of every prompt."""
+    names = [name for (name,) in connection.execute("SELECT DISTINCT prompt_id FROM ranked ORDER BY ALL").fetchall()]
+    splits = [split_of(name, rules.test_share, rules.seed) for name in names]
+    table = pa.table({"prompt_id": pa.array(names, pa.string()), "split": pa.array(splits, pa.string())})
+    connection.register("splits", table)

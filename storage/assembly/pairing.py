@@ -48,16 +48,14 @@ SELECT *, score_chosen - score_rejected AS score_margin
 FROM pairs WHERE turn <= $max_pairs_per_prompt
 """
 
-# The split follows from a hash of the prompt alone, so that no prompt is in both.
 _SOUND = """
 CREATE TEMP TABLE sound AS
-SELECT p.*, CASE WHEN ('0x' || substr(md5(concat_ws(':', $seed, p.prompt_id)), 1, 8))::BIGINT / 4294967296.0
-                      < $test_share THEN 'test' ELSE 'train' END AS split,
+SELECT p.*, s.split,
        ROW_NUMBER() OVER (
            PARTITION BY p."group"
            ORDER BY md5(concat_ws(':', $seed, p.prompt_id)), p.turn, p.chosen_index, p.rejected_index
        ) AS turn_in_group
-FROM proposed AS p
+FROM proposed AS p JOIN splits AS s USING (prompt_id)
 WHERE p.score_margin > $min_margin
   AND p.prompt_id NOT IN (SELECT prompt_id FROM screened)
   AND p.prompt_id IN (SELECT prompt_id FROM prompts)
@@ -99,7 +97,7 @@ FROM judged WHERE reason IS NOT NULL
 
 
 def propose_pairs(connection: duckdb.DuckDBPyConnection, rules: PairRules) -> None:
-    """Make `proposed` (every pair that the strategy names) and `sound` (those that may be used) from `ranked`."""
+    """Make `proposed` (all that the strategy names) and `sound` (those that may be used) from `ranked` and `splits`."""
     strategy = _STRATEGIES[rules.strategy]
     known = {
         "seed": rules.seed,
@@ -109,8 +107,7 @@ def propose_pairs(connection: duckdb.DuckDBPyConnection, rules: PairRules) -> No
     }
     query = _PROPOSED.format(strategy=strategy)
     connection.execute(query, {name: value for name, value in known.items() if f"${name}" in query})
-    sound = {"seed": rules.seed, "min_margin": rules.min_margin, "test_share": rules.test_share}
-    connection.execute(_SOUND, sound)
+    connection.execute(_SOUND, {"seed": rules.seed, "min_margin": rules.min_margin})
 
 
 def explain_drops(connection: duckdb.DuckDBPyConnection, rules: PairRules) -> None:

@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import unicodedata
 from pathlib import Path
@@ -35,6 +36,8 @@ def test_every_unusable_row_is_kept_with_its_reason(tmp_path: Path) -> None:
         {"messages": [{"role": "robot", "content": "x"}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
         {"messages": []},
+        {"prompt": "half a character: \ud800"},
+        '{"prompt": "x", "number": ' + "9" * 5000 + "}",
     ]
     found = _clean(_write(tmp_path / "p.jsonl", lines))
     assert [row["messages"] for row in found.prompts["train"]] == [[{"role": "user", "content": "good"}]]
@@ -48,8 +51,10 @@ def test_every_unusable_row_is_kept_with_its_reason(tmp_path: Path) -> None:
         (7, "bad_messages"),
         (8, "bad_messages"),
         (9, "missing_value"),
+        (10, "unreadable"),
+        (11, "unreadable"),
     ]
-    assert found.n_rows == 9
+    assert found.n_rows == 11
 
 
 def test_equal_text_in_other_unicode_form_is_one_prompt(tmp_path: Path) -> None:
@@ -92,7 +97,7 @@ def test_prompts_above_a_limit_are_counted(tmp_path: Path) -> None:
     assert found.n_over_limit == {"train": 6}
 
 
-def test_jsonl_csv_parquet_and_a_datasets_folder_give_the_same_prompts(tmp_path: Path) -> None:
+def test_jsonl_json_csv_parquet_and_a_datasets_folder_give_the_same_prompts(tmp_path: Path) -> None:
     rows: list[object] = [{"prompt": f"question, {i}", "group": "g", "reference": str(i)} for i in range(5)]
     _write(tmp_path / "p.jsonl", rows)
     table = pa.Table.from_pylist(rows)
@@ -103,7 +108,10 @@ def test_jsonl_csv_parquet_and_a_datasets_folder_give_the_same_prompts(tmp_path:
         writer = csv.DictWriter(file, ["prompt", "group", "reference"])
         writer.writeheader()
         writer.writerows(rows)  # type: ignore[arg-type]
-    found = [_clean(tmp_path / name).prompts["train"] for name in ("p.jsonl", "p.csv", "p.parquet", "folder")]
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress((tmp_path / "p.jsonl").read_bytes()))
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    names = ("p.jsonl", "p.jsonl.gz", "p.json", "p.csv", "p.parquet", "folder")
+    found = [_clean(tmp_path / name).prompts["train"] for name in names]
     stripped = [[{k: v for k, v in row.items() if k != "source"} for row in each] for each in found]
     assert len(stripped[0]) == 5
     assert all(each == stripped[0] for each in stripped)

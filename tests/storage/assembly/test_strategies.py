@@ -77,3 +77,17 @@ def test_no_prompt_is_in_both_splits() -> None:
     assert 60 <= len(test) <= 140
     assert built.groups["child"].pairs == 1200
     assert built.groups["child"].test_pairs == 3 * len(test)
+
+
+def test_scorers_that_disagree_about_a_pair_stay_visible() -> None:
+    def scored(index: int, **values: float) -> dict[str, object]:
+        scores = [{"scorer": name, "value": value} for name, value in values.items()]
+        return candidate("p0", index, float(index), scores=scores)
+
+    rows = [scored(0, a=0.0, b=5.0, c=1.0, only_here=3.0), scored(1, a=1.0, b=4.0, c=2.0)]
+    built = build_pairs(to_table("candidates", rows), to_table("prompts", [prompt()]))
+    (row,) = built.preferences.to_pylist()
+    assert (row["n_votes"], row["agreement"]) == (3, pytest.approx(2 / 3))
+    alone = [scored(0, a=0.0), scored(1, a=1.0)]
+    (row,) = build_pairs(to_table("candidates", alone), to_table("prompts", [prompt()])).preferences.to_pylist()
+    assert (row["n_votes"], row["agreement"]) == (None, None)

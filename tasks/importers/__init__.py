@@ -1,0 +1,1 @@
+"""Preference data that is there already: its sources, its layouts, and its votes."""

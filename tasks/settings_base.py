@@ -1,0 +1,28 @@
+"""What the parameters of all stages, and of those that read a source, have in common."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
+STARTER = "starter"
+
+
+class StageConfig(BaseModel):
+    """What all stages share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("main", title="Name", description="Name of the datasets in the lake", pattern=NAME_PATTERN)
+
+
+class SourceConfig(StageConfig):
+    """Where rows come from."""
+
+    source: str = Field(
+        STARTER, title="Source", description="starter, a file, a folder or hub name of a datasets dataset", min_length=1
+    )
+    format: Literal["auto", "jsonl", "parquet", "csv", "dataset"] = Field(
+        "auto", title="Format", description="auto: by the file name's ending"
+    )
+    dataset_split: str = Field("train", title="Dataset split", description="Split to read from a datasets dataset")
