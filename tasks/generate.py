@@ -78,7 +78,7 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     writer = step.writer(Lake.open(lake_root))
     table = gather_candidates(writer, count)
     stats, groups = summarise(table)
-    ref = writer.commit(step.provenance(stats))
+    ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
     show_stage(ref, stats, groups)
     return ref
 

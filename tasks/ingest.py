@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from prefect import task
 from pydantic import JsonValue
@@ -64,8 +65,9 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
         "rejected": dict[str, JsonValue](Counter(str(row["reason"]) for row in found.rejected)),
         "over_limit": dict[str, JsonValue](found.n_over_limit),
     }
-    ref = writer.commit(step.provenance(stats))
-    show_stage(ref, stats, _per_group(found))
+    groups = _per_group(found)
+    ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
+    show_stage(ref, stats, groups)
     return ref
 
 

@@ -7,6 +7,7 @@ from prefect import task
 from pydantic import JsonValue
 
 from runtime.records import FINISHED
+from storage.histogram import histogram
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.writer import Shard
@@ -59,7 +60,9 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     if cast(int, stats["scored"]) > 1 and stats["spread"] == 0:
         raise ConfigError(f"all {stats['scored']} answers have the score {stats['mean_score']}; choose another reward")
     prompts = lake.manifest(lake.resolve(step.inputs["candidates"])).inputs["prompts"]
-    ref = writer.commit(step.provenance(stats, {"prompts": prompts}))
+    found = histogram(table, "score")
+    shown = {"groups": cast(JsonValue, groups), "score_histogram": found.model_dump() if found else None}
+    ref = writer.commit(step.provenance(stats | shown, {"prompts": prompts}))
     show_stage(ref, stats, groups)
     return ref
 
