@@ -6,6 +6,7 @@ StorageError
 ├── RefError          no such dataset or version
 ├── SchemaError       a table that does not fit its schema
 ├── QueryError        SQL that DuckDB refuses
+├── HubError          a version that is not, or cannot be, pushed to the hub
 └── ExtraError        an optional package that is not installed
 """
 
@@ -32,6 +33,10 @@ class SchemaError(StorageError):
 
 class QueryError(StorageError):
     """SQL that DuckDB refuses."""
+
+
+class HubError(StorageError):
+    """A version that is not, or cannot be, pushed to the hub."""
 
 
 class ExtraError(StorageError):

@@ -16,7 +16,7 @@ from storage.report.samples import Sample
 from storage.report.style import DARK, need_matplotlib
 from storage.report.svg import svg, variable
 from storage.report.tables import Subject, open_tables, subject
-from storage.summary import stated
+from storage.summary import columns_of, group_rows, stated
 
 NO_SCORES = "No answer has a finite score."
 
@@ -28,6 +28,10 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
+
+    def is_number(self, place: int) -> bool:
+        """Whether a column holds numbers."""
+        return any(isinstance(row[place], int | float) for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +73,16 @@ def _sections(connection: duckdb.DuckDBPyConnection, about: Subject) -> Iterator
             whose = "" if owner == about.manifest.label else owner
             yield Section(made.title, whose, made.notes, made.tables, made.pictures, made.samples)
     if about.manifest.kind == "models":
-        yield _trained_groups(about)
+        tables = _counted("Training pairs per group", about, "group")
+        yield Section("Groups in training" if tables else "", "", (), tables)
 
 
 def _preferences(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     margins = histogram_of(connection, queries.MARGINS)
     picture = plots.distribution("margins", "Score margins per group", "score margin", margins)
     notes = () if picture else ("There are no pairs.",)
-    table = _per_group(connection, "preferences")
-    return Section("Pairs", "", notes, table, _drawn(picture), tuple(samples.pairs(connection)))
+    tables = (*_per_group(connection, "preferences"), *_counted("From prompts to pairs", about, "prompts"))
+    return Section("Pairs", "", notes, tables, _drawn(picture), tuple(samples.pairs(connection)))
 
 
 def _candidates(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
@@ -100,9 +105,13 @@ def _candidates(connection: duckdb.DuckDBPyConnection, about: Subject) -> Sectio
 
 
 def _metrics(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
-    found = queries.per_group(connection, "metrics")
-    picture = plots.before_after([(str(g), str(m), str(w), v, n) for g, m, w, v, n in found.rows])  # type: ignore[misc]
-    return Section("Held-out metrics", "", (), (Table("Metrics", found.columns, found.rows),), _drawn(picture))
+    rows = queries.metrics(connection)
+    shown = [
+        (group, metric, before, after, None if before is None or after is None else after - before, n)
+        for group, metric, before, after, n in rows
+    ]
+    table = Table("Metrics", ["group", "metric", "before", "after", "change", "answers"], shown)
+    return Section("Held-out metrics", "", (), (table,), _drawn(plots.before_after(rows)))
 
 
 def _training(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
@@ -129,15 +138,13 @@ def _prompts(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     return Section("Prompts", "", notes, _per_group(connection, "prompts"), _drawn(picture), shown)
 
 
-def _trained_groups(about: Subject) -> Section:
-    from storage.summary import columns_of, group_rows
-
+def _counted(title: str, about: Subject, needed: str) -> tuple[Table, ...]:
+    """The stage's own rows per group, where they have the column."""
     rows = group_rows(about.manifest)
     columns = columns_of(rows)
-    if not rows:
-        return Section("")
-    table = Table("Training pairs per group", columns, [[row.get(column) for column in columns] for row in rows])
-    return Section("Groups in training", "", (), (table,))
+    if needed not in columns:
+        return ()
+    return (Table(title, columns, [[row.get(column) for column in columns] for row in rows]),)
 
 
 _BY_TABLE = {

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_CURVES = 12
+MAX_METRICS = 4
+MAX_GROUPS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,36 +123,41 @@ def drops(rows: Sequence[tuple[str, str, int]]) -> Picture | None:
     return Picture("drops", "Dropped rows by reason", f"Bars. {said}.", note, figure)
 
 
-def before_after(rows: Sequence[tuple[str, str, str, float, int]]) -> Picture | None:
-    """A line from before to after for every group, one facet per metric that moves."""
-    values = {(metric, group, model): value for group, metric, model, value, _ in rows}
-    metrics = sorted({m for m, *_ in values} - {"errors", "unfinished"}, key=lambda name: (name != "truth", name))[:4]
-    groups = list(dict.fromkeys(group for group, *_ in rows))[:12]
-    drawn = [(m, g) for m in metrics for g in groups if (m, g, "before") in values and (m, g, "after") in values]
-    if not drawn:
+def before_after(rows: Sequence[tuple[str, str, float | None, float | None, int]]) -> Picture | None:
+    """Rows of (group, metric, before, after, answers): a line from before to after, one facet per metric."""
+    ends = {
+        (metric, group): (before, after)
+        for group, metric, before, after, _ in rows
+        if before is not None and after is not None and metric not in ("errors", "unfinished")
+    }
+    metrics = list(dict.fromkeys(metric for metric, _ in ends))[:MAX_METRICS]
+    groups = list(dict.fromkeys(group for _, group in ends))[:MAX_GROUPS]
+    if not ends:
         return None
     with settings():
         figure, columns = new_figure(len(metrics), height=1.3 + 0.32 * len(groups), width=max(6.4, 2.6 * len(metrics)))
         places = {group: len(groups) - index for index, group in enumerate(groups)}
         for axes, metric in zip(columns, metrics, strict=True):
-            for group in (group for m, group in drawn if m == metric):
-                start, end = values[metric, group, "before"], values[metric, group, "after"]
-                axes.plot([start, end], [places[group]] * 2, color=MUTED, linewidth=1.2, zorder=2)
-                axes.plot(start, places[group], MARKERS[2], color=SERIES[1], markersize=6, zorder=3)
-                axes.plot(end, places[group], MARKERS[0], color=SERIES[0], markersize=7, zorder=3)
+            for group, place in places.items():
+                if (metric, group) in ends:
+                    _dumbbell(axes, ends[metric, group], place)
             axes.set_title(label(metric))
             axes.set_yticks(list(places.values()), [label(group) if axes is columns[0] else "" for group in places])
         _model_legend(figure)
-    said = "; ".join(f"{m} {g}: {values[m, g, 'before']:.4g} to {values[m, g, 'after']:.4g}" for m, g in drawn)
+    said = "; ".join(f"{m} {g}: {before:.4g} to {after:.4g}" for (m, g), (before, after) in ends.items())
+    is_short = len({g for _, g in ends}) > len(groups) or len({m for m, _ in ends}) > len(metrics)
+    caption = f"The first {len(metrics)} metrics and {len(groups)} groups; the table has all." if is_short else ""
     title = "Held-out prompts before and after"
-    return Picture("before-after", title, f"A dot before and one after, joined. {said}.", "", figure)
+    return Picture("before-after", title, f"A mark before and one after, joined. {said}.", caption, figure)
 
 
 def curves(found: Mapping[str, Sequence[tuple[int, float]]]) -> list[Picture]:
     """A picture of up to three training metrics at a time, the loss first."""
-    names = sorted(found, key=lambda name: (name != "loss", "rewards" not in name, name))
+    every = sorted(found, key=lambda name: (name != "loss", "rewards" not in name, name))
+    names = every[:MAX_CURVES]
+    note = f"The first {len(names)} of {len(every)} metrics." if len(names) < len(every) else ""
     pictures = []
-    for start in range(0, min(len(names), MAX_CURVES), 3):
+    for start in range(0, len(names), 3):
         part = names[start : start + 3]
         with settings():
             figure, columns = new_figure(len(part), height=2.3, width=2.8 * len(part) + 0.4)
@@ -163,8 +170,14 @@ def curves(found: Mapping[str, Sequence[tuple[int, float]]]) -> list[Picture]:
                 axes.set_xlabel("step")
         ends = "; ".join(f"{name}: {found[name][0][1]:.4g} to {found[name][-1][1]:.4g}" for name in part)
         title = f"Training: {', '.join(part)}"
-        pictures.append(Picture(f"training-{start // 3}", title, f"Lines over the steps. {ends}.", "", figure))
+        pictures.append(Picture(f"training-{start // 3}", title, f"Lines over the steps. {ends}.", note, figure))
     return pictures
+
+
+def _dumbbell(axes: "Axes", ends: tuple[float, float], place: int) -> None:
+    axes.plot(ends, [place, place], color=MUTED, linewidth=1.2, zorder=2)
+    axes.plot(ends[0], place, MARKERS[2], color=SERIES[1], markersize=6, zorder=3)
+    axes.plot(ends[1], place, MARKERS[0], color=SERIES[0], markersize=7, zorder=3)
 
 
 def _points(axes: "Axes", points: Points, shown: Sequence[str]) -> None:

@@ -33,7 +33,6 @@ SELECT split, "group", COUNT(*) AS pairs, AVG(score_margin) FILTER (isfinite(sco
        AVG(length(rejected[-1].content)) AS "mean characters rejected"
 FROM preferences GROUP BY ALL ORDER BY ALL
 """,
-    "metrics": 'SELECT "group", metric, model, value, n FROM metrics ORDER BY "group" <> \'all\', 1, 2, 3 DESC',
 }
 # The remaining length of a cut answer is unknown: the mean length of the finished answers to its prompt stands for it.
 _TOKENS = """
@@ -51,6 +50,14 @@ FROM (SELECT *, UNNEST(cuts) AS cut FROM candidates WHERE isfinite(score))
 WHERE isfinite(cut.score)
 """
 _HASH = "md5(concat_ws(':', prompt_id, candidate_index))"
+_METRICS = """
+SELECT * FROM (
+    SELECT "group", metric, first(value) FILTER (model = 'before') AS before,
+           first(value) FILTER (model = 'after') AS after, MAX(n) AS n
+    FROM metrics GROUP BY ALL
+)
+ORDER BY "group" <> 'all', "group", metric <> 'truth', metric
+"""
 _DROPS = """
 SELECT COALESCE("group", '(no group)') AS "group", reason, COUNT(*) AS rows FROM rejected GROUP BY ALL ORDER BY ALL
 """
@@ -83,10 +90,10 @@ class Points:
 
 
 def per_group(connection: Connection, table: str) -> QueryResult:
-    """One row per split and group (per group, metric and model for metrics)."""
+    """One row per split and group; without the split where there is one."""
     result = connection.execute(_GROUPS[table])
     columns, rows = [column[0] for column in result.description or []], result.fetchall()
-    if columns[0] == "split" and len({row[0] for row in rows}) <= 1:
+    if len({row[0] for row in rows}) <= 1:
         return QueryResult(columns[1:], [row[1:] for row in rows])
     return QueryResult(columns, rows)
 
@@ -115,6 +122,11 @@ def lengths(connection: Connection) -> Points:
     n, pearson = connection.execute(f"SELECT COUNT(*), corr(n_tokens, score) FROM ({scored})").fetchall()[0]
     sample = f'SELECT n_tokens, score, "group" FROM ({scored}) ORDER BY {_HASH}, split LIMIT {MAX_POINTS}'
     return _points(connection.execute(sample).fetchall(), n, pearson)
+
+
+def metrics(connection: Connection) -> list[tuple[str, str, float | None, float | None, int]]:
+    """(group, metric, before, after, answers); all groups first, truth before other metrics."""
+    return connection.execute(_METRICS).fetchall()
 
 
 def drop_counts(connection: Connection) -> list[tuple[str, str, int]]:
