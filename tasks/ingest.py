@@ -18,6 +18,7 @@ from storage.writer import Shard
 from tasks.artifacts import show_stage
 from tasks.errors import ConfigError, InputError
 from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
+from tasks.pictures import show_picture
 from tasks.settings import IngestConfig
 from tasks.versions import Step
 
@@ -54,7 +55,8 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
     if not any(found.prompts.values()):
         reasons = ", ".join(sorted({str(row["reason"]) for row in found.rejected})) or "the source is empty"
         raise InputError(f'source "{config.source}" gives no usable prompt: {reasons}')
-    writer = step.writer(Lake.open(lake_root))
+    lake = Lake.open(lake_root)
+    writer = step.writer(lake)
     for split, rows in found.prompts.items():
         writer.write(Shard("prompts", split, 0, 1), to_table("prompts", rows))
     writer.write(Shard("rejected", "train", 0, 1), to_table("rejected", found.rejected))
@@ -68,6 +70,7 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
     groups = _per_group(found)
     ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
     show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

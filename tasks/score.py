@@ -14,6 +14,7 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.models import open_reward, reward_identity, use_threads
+from tasks.pictures import show_picture
 from tasks.retries import retry_unless_user_error
 from tasks.rows import add_score, gather_candidates, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
@@ -64,6 +65,7 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     shown = {"groups": cast(JsonValue, groups), "score_histogram": found.model_dump() if found else None}
     ref = writer.commit(step.provenance(stats | shown, {"prompts": prompts}))
     show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

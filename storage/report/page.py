@@ -7,18 +7,15 @@ from pathlib import Path
 
 import duckdb
 
-from storage.histogram import histogram_of
 from storage.lake import DatasetRef, Lake
 from storage.lineage import family_tree
-from storage.report import plots, queries, samples
+from storage.report import pictures, plots, queries, samples
 from storage.report.plots import Picture
 from storage.report.samples import Sample
 from storage.report.style import DARK, need_matplotlib
 from storage.report.svg import svg, variable
 from storage.report.tables import Subject, open_tables, subject
 from storage.summary import columns_of, group_rows, stated
-
-NO_SCORES = "No answer has a finite score."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +58,8 @@ def build_report(lake: Lake, ref: DatasetRef) -> Report:
     about = subject(lake, ref)
     with open_tables(lake, about) as connection:
         sections = [section for section in _sections(connection, about) if section.title]
-    pictures = [picture.key for section in sections for picture in section.pictures]
-    return Report(_render(about, sections), [section.title for section in sections], pictures)
+    drawn = [picture.key for section in sections for picture in section.pictures]
+    return Report(_render(about, sections), [section.title for section in sections], drawn)
 
 
 def _sections(connection: duckdb.DuckDBPyConnection, about: Subject) -> Iterator[Section]:
@@ -78,46 +75,36 @@ def _sections(connection: duckdb.DuckDBPyConnection, about: Subject) -> Iterator
 
 
 def _preferences(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
-    margins = histogram_of(connection, queries.MARGINS)
-    picture = plots.distribution("margins", "Score margins per group", "score margin", margins)
-    notes = () if picture else ("There are no pairs.",)
+    drawn = _drawn(pictures.margins(connection))
+    notes = () if drawn else ("There are no pairs.",)
     tables = (*_per_group(connection, "preferences"), *_counted("From prompts to pairs", about, "prompts"))
-    return Section("Pairs", "", notes, tables, _drawn(picture), tuple(samples.pairs(connection)))
+    return Section("Pairs", "", notes, tables, drawn, tuple(samples.pairs(connection)))
 
 
 def _candidates(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     is_evaluation = about.owners["candidates"].stage == "evaluate"
-    rows = queries.SCORES_BY_SPLIT if is_evaluation else queries.SCORES
-    by = "before and after" if is_evaluation else "per group"
-    scores = plots.distribution("scores", f"Scores of finished answers, {by}", "score", histogram_of(connection, rows))
-    cuts = {f"at {n} tokens": points for n, points in queries.partial_scores(connection).items()}
-    lengths = {"": queries.lengths(connection)}
-    drawn = _drawn(
-        scores,
-        plots.scatter("partial", "Partial against final scores of survivors", cuts, ("partial score", "final score")),
-        None if is_evaluation else plots.tokens(queries.tokens(connection)),
-        plots.scatter("lengths", "Length against score", lengths, ("tokens", "score")),
-    )
-    notes = () if scores else (NO_SCORES,)
+    scores = pictures.scores_before_after(connection) if is_evaluation else pictures.scores(connection)
+    tokens = None if is_evaluation else pictures.tokens(connection)
+    drawn = _drawn(scores, pictures.partial_scores(connection), tokens, pictures.lengths(connection))
+    notes = () if scores else ("No answer has a finite score.",)
     # A report on pairs shows pairs.
     shown = () if about.manifest.kind == "preferences" else tuple(samples.answers(connection))
     return Section("Answers", "", notes, _per_group(connection, "candidates"), drawn, shown)
 
 
 def _metrics(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
-    rows = queries.metrics(connection)
     shown = [
         (group, metric, before, after, None if before is None or after is None else after - before, n)
-        for group, metric, before, after, n in rows
+        for group, metric, before, after, n in queries.metrics(connection)
     ]
     table = Table("Metrics", ["group", "metric", "before", "after", "change", "answers"], shown)
-    return Section("Held-out metrics", "", (), (table,), _drawn(plots.before_after(rows)))
+    return Section("Held-out metrics", "", (), (table,), _drawn(pictures.before_after(connection)))
 
 
 def _training(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
-    pictures = plots.curves(queries.training_curves(connection))
-    notes = () if pictures else ("The training log is empty.",)
-    return Section("Training", "", notes, (), tuple(pictures))
+    drawn = plots.curves(queries.training_curves(connection))
+    notes = () if drawn else ("The training log is empty.",)
+    return Section("Training", "", notes, (), tuple(drawn))
 
 
 def _rejected(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
@@ -131,11 +118,9 @@ def _rejected(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
 def _prompts(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     if about.manifest.kind != "prompts":
         return Section("")
-    found = histogram_of(connection, queries.PROMPT_LENGTHS)
-    picture = plots.distribution("prompt-lengths", "Length of prompts per group", "characters", found)
-    notes = () if picture else ("There are no prompts.",)
-    shown = tuple(samples.prompts(connection))
-    return Section("Prompts", "", notes, _per_group(connection, "prompts"), _drawn(picture), shown)
+    drawn = _drawn(pictures.prompt_lengths(connection))
+    notes = () if drawn else ("There are no prompts.",)
+    return Section("Prompts", "", notes, _per_group(connection, "prompts"), drawn, tuple(samples.prompts(connection)))
 
 
 def _counted(title: str, about: Subject, needed: str) -> tuple[Table, ...]:

@@ -58,7 +58,7 @@ def scatter(key: str, title: str, facets: Mapping[str, Points], axis_names: tupl
     shown, note = _shown(sizes)
     said = []
     with settings():
-        figure, columns = new_figure(len(filled), width=max(6.4, 3.0 * len(filled)))
+        figure, columns = new_figure(len(filled), height=3.1, width=max(6.4, 3.0 * len(filled)))
         for axes, (name, points) in zip(columns, filled.items(), strict=True):
             _points(axes, points, shown)
             pearson = "" if points.pearson is None else f"r = {points.pearson:.2f}, "
@@ -66,7 +66,7 @@ def scatter(key: str, title: str, facets: Mapping[str, Points], axis_names: tupl
             axes.set_xlabel(axis_names[0])
             said.append(f"{name or title}: {pearson}{points.n} answers, {len(points.x)} of them drawn")
         columns[0].set_ylabel(axis_names[1])
-        columns[-1].legend(markerscale=1.6, handletextpad=0.2)
+        _legend_above(figure, columns[0])
     return Picture(key, title, f"{title}, as points. {'; '.join(said)}.", note, figure)
 
 
@@ -142,6 +142,7 @@ def before_after(rows: Sequence[tuple[str, str, float | None, float | None, int]
                 if (metric, group) in ends:
                     _dumbbell(axes, ends[metric, group], place)
             axes.set_title(label(metric))
+            axes.set_ylim(0.4, len(groups) + 0.6)
             axes.set_yticks(list(places.values()), [label(group) if axes is columns[0] else "" for group in places])
         _model_legend(figure)
     said = "; ".join(f"{m} {g}: {before:.4g} to {after:.4g}" for (m, g), (before, after) in ends.items())
