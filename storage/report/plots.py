@@ -45,7 +45,7 @@ def distribution(key: str, title: str, unit: str, found: Histogram | None) -> Pi
             most = counts.index(max(counts))
             said.append(f"{group}: {sum(counts)}, most often {found.edges[most]:g} to {found.edges[most + 1]:g}")
         axes.set(xlabel=unit, ylabel="share of the group", ylim=(0, None))
-        axes.legend()
+        _legend_above(figure, axes)
     return Picture(key, title, f"{title}, as outlines of histograms. {'; '.join(said)}.", note, figure)
 
 
@@ -199,7 +199,10 @@ def _shown(sizes: Mapping[str, float]) -> tuple[list[str], str]:
 
 
 def _legend_above(figure: "Figure", axes: "Axes") -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, markerscale=2.0)
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1.0)
 
 
 def _model_legend(figure: "Figure") -> None:

@@ -41,6 +41,7 @@ class Side:
 class Sample:
     """A prompt, and up to two texts side by side."""
 
+    group: str
     title: str
     prompt: str
     sides: tuple[Side, ...]
@@ -52,7 +53,8 @@ def pairs(connection: duckdb.DuckDBPyConnection) -> list[Sample]:
     rows = connection.execute(_PAIRS, {"ids": ids, "limit": MAX_SAMPLES}).fetchall()
     return [
         Sample(
-            f"{group}, margin {margin:.4g}",
+            group,
+            f"margin {margin:.4g}",
             _conversation(prompt),
             (
                 Side(f"chosen, score {better:.4g}", _conversation(chosen)),
@@ -70,7 +72,8 @@ def answers(connection: duckdb.DuckDBPyConnection) -> list[Sample]:
     rows = connection.execute(_ANSWERS, {"ids": ids}).fetchall()
     return [
         Sample(
-            f"{group}, {n} scored answers",
+            group,
+            f"{n} scored answers",
             texts.get(prompt_id, f"(prompt {prompt_id} is not in this lake)"),
             (Side(f"best, score {high:.4g}", _short(best)), Side(f"worst, score {low:.4g}", _short(worst))),
         )
@@ -81,7 +84,7 @@ def answers(connection: duckdb.DuckDBPyConnection) -> list[Sample]:
 def prompts(connection: duckdb.DuckDBPyConnection) -> list[Sample]:
     """A few prompts."""
     rows = connection.execute(_PROMPTS, {"ids": _pick(connection, "prompts")}).fetchall()
-    return [Sample(group, _conversation(messages), ()) for _, group, messages in rows]
+    return [Sample(group, "", _conversation(messages), ()) for _, group, messages in rows]
 
 
 def _pick(connection: duckdb.DuckDBPyConnection, table: str, where: str = "") -> list[str]:

@@ -259,6 +259,12 @@ def test_hostile_groups_and_texts_are_shown_as_text(tmp_path: Path) -> None:
         assert any("<script>alert" in text for _, text in page.text)
 
 
+def test_text_that_turns_its_direction_leaves_what_stands_beside_it_alone(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path))
+    page = Page(build_report(lake, _chain(lake, ("\u202eevil",))["preferences"]).html)
+    assert page.words("bdi") and not any("\u202e" in text for text in page.words("h4"))
+
+
 def test_more_groups_than_colours_are_counted_and_said(tmp_path: Path) -> None:
     lake = Lake.open(str(tmp_path))
     refs = _chain(lake, [f"group {number:02d}" for number in range(MANY)])
