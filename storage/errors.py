@@ -6,7 +6,9 @@ StorageError
 ├── RefError          no such dataset or version
 ├── SchemaError       a table that does not fit its schema
 ├── AssemblyError     pairs that cannot be made as asked
-└── QueryError        SQL that DuckDB refuses
+├── QueryError        SQL that DuckDB refuses
+├── HubError          a version that is not, or cannot be, pushed to the hub
+└── ExtraError        an optional package that is not installed
 """
 
 
@@ -36,3 +38,11 @@ class AssemblyError(StorageError):
 
 class QueryError(StorageError):
     """SQL that DuckDB refuses."""
+
+
+class HubError(StorageError):
+    """A version that is not, or cannot be, pushed to the hub."""
+
+
+class ExtraError(StorageError):
+    """An optional package that is not installed."""

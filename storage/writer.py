@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from storage.card import render_card
 from storage.errors import LakeError
+from storage.lineage import ancestors
 from storage.manifest import FILE_NAME, FileEntry, Manifest, now
 from storage.objects import ObjectStore
 from storage.refs import DatasetRef
@@ -98,7 +99,8 @@ class VersionWriter:
             command=provenance.command,
             files=tuple(self.files[path] for path in sorted(self.files)),
         )
-        self.store.create(f"{self.ref.prefix}/README.md", render_card(manifest).encode())
+        card = render_card(manifest, ancestors(self.store, manifest.inputs))
+        self.store.create(f"{self.ref.prefix}/README.md", card.encode())
         self.store.create(f"{self.ref.prefix}/{FILE_NAME}", manifest.model_dump_json(indent=2).encode())
         return self.ref
 

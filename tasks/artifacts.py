@@ -28,7 +28,7 @@ _displays: list[Display] = []
 
 def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Mapping[str, Cell]]) -> None:
     """One summary and one table for a finished stage."""
-    if not _in_run():
+    if not in_run():
         return
     lines = [f"## {ref}", "", "| | |", "|---|---|", *(f"| {key} | {_text(value)} |" for key, value in summary.items())]
     key = _key(f"{ref.kind}-{ref.name}")
@@ -38,15 +38,15 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
         create_table_artifact(table, key=f"{key}-table", description=f"Per group: {ref}")
 
 
-def show_image(ref: DatasetRef, url: str, description: str) -> None:
+def show_image(ref: DatasetRef, url: str, description: str, key: str = "image") -> None:
     """A picture beside a stage's summary; `url` may hold the picture itself."""
-    if _in_run():
-        create_image_artifact(url, key=f"{_key(f'{ref.kind}-{ref.name}')}-image", description=f"{description}: {ref}")
+    if in_run():
+        create_image_artifact(url, key=_key(f"{ref.kind}-{ref.name}-{key}"), description=f"{description}: {ref}")
 
 
 def progress(label: str) -> Progress:
     """A callback that moves a progress artifact and every subscribed display, at most once per percent."""
-    artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if _in_run() else None
+    artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if in_run() else None
     shown = 0
 
     def update(done: int, total: int) -> None:
@@ -67,7 +67,8 @@ def subscribe(display: Display) -> None:
     _displays.append(display)
 
 
-def _in_run() -> bool:
+def in_run() -> bool:
+    """Whether this is a Prefect run, where artifacts can be shown."""
     try:
         get_run_context()
     except MissingContextError:

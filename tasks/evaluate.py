@@ -20,6 +20,7 @@ from tasks.models import (
     reward_identity,
     use_threads,
 )
+from tasks.pictures import show_picture
 from tasks.retries import retry_unless_user_error
 from tasks.rows import add_score, candidates_table, prompts_of, rows_of, scores_of
 from tasks.score import scored_table
@@ -90,6 +91,7 @@ def compare(step: Step, lake_root: str) -> DatasetRef:
     stats: dict[str, JsonValue] = {"groups": cast(JsonValue, table), "worst_group": cast(JsonValue, worst(table))}
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, {"worst group": stats["worst_group"]}, table)
+    show_picture(lake, ref)
     return ref
 
 

@@ -14,6 +14,7 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.models import model_identity, model_path, use_threads
+from tasks.pictures import show_picture
 from tasks.rows import messages_of
 from tasks.settings import FinetuneConfig
 from tasks.versions import Step, pin
@@ -67,6 +68,7 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     ref = writer.commit(step.provenance(stats))
     groups: list[dict[str, Cell]] = [{"group": group, **values} for group, values in report.groups.items()]
     show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

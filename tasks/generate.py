@@ -16,6 +16,7 @@ from tasks.artifacts import Cell, progress, show_stage
 from tasks.calibration import read_calibration
 from tasks.errors import ConfigError
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
+from tasks.pictures import show_picture
 from tasks.retries import retry_unless_user_error
 from tasks.rows import candidates_table, gather_candidates, prompts_of
 from tasks.settings import GenerateConfig
@@ -75,11 +76,13 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
 @task(name="publish-candidates", persist_result=False)
 def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version."""
-    writer = step.writer(Lake.open(lake_root))
+    lake = Lake.open(lake_root)
+    writer = step.writer(lake)
     table = gather_candidates(writer, count)
     stats, groups = summarise(table)
-    ref = writer.commit(step.provenance(stats))
+    ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
     show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

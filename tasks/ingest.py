@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from prefect import task
 from pydantic import JsonValue
@@ -15,6 +16,7 @@ from tasks.artifacts import show_stage
 from tasks.errors import ConfigError, InputError
 from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
 from tasks.messages import Unusable, clean_prompt, prompt_id_of
+from tasks.pictures import show_picture
 from tasks.settings import IngestConfig
 from tasks.versions import Step
 
@@ -46,7 +48,8 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
     if not any(found.prompts.values()):
         reasons = ", ".join(sorted({str(row["reason"]) for row in found.rejected})) or "the source is empty"
         raise InputError(f'source "{config.source}" gives no usable prompt: {reasons}')
-    writer = step.writer(Lake.open(lake_root))
+    lake = Lake.open(lake_root)
+    writer = step.writer(lake)
     for split, rows in found.prompts.items():
         writer.write(Shard("prompts", split, 0, 1), to_table("prompts", rows))
     writer.write(Shard("rejected", "train", 0, 1), to_table("rejected", found.rejected))
@@ -57,8 +60,10 @@ def ingest(step: Step, lake_root: str) -> DatasetRef:
         "rejected": dict[str, JsonValue](Counter(str(row["reason"]) for row in found.rejected)),
         "over_limit": dict[str, JsonValue](found.n_over_limit),
     }
-    ref = writer.commit(step.provenance(stats))
-    show_stage(ref, stats, _per_group(found))
+    groups = _per_group(found)
+    ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
+    show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

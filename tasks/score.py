@@ -7,12 +7,14 @@ from prefect import task
 from pydantic import JsonValue
 
 from runtime.records import FINISHED
+from storage.histogram import histogram
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.models import open_reward, reward_identity, use_threads
+from tasks.pictures import show_picture
 from tasks.retries import retry_unless_user_error
 from tasks.rows import add_score, gather_candidates, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
@@ -59,8 +61,11 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     if cast(int, stats["scored"]) > 1 and stats["spread"] == 0:
         raise ConfigError(f"all {stats['scored']} answers have the score {stats['mean_score']}; choose another reward")
     prompts = lake.manifest(lake.resolve(step.inputs["candidates"])).inputs["prompts"]
-    ref = writer.commit(step.provenance(stats, {"prompts": prompts}))
+    found = histogram(table, "score")
+    shown = {"groups": cast(JsonValue, groups), "score_histogram": found.model_dump() if found else None}
+    ref = writer.commit(step.provenance(stats | shown, {"prompts": prompts}))
     show_stage(ref, stats, groups)
+    show_picture(lake, ref)
     return ref
 
 

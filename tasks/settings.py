@@ -21,6 +21,7 @@ PromptFormat = Literal["chat", "text"]
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
+LANGUAGE_PATTERN = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 TERM_PATTERN = re.compile(
     r"(?P<weight>-?\d+(\.\d+)?)\*(?P<kind>classifier|likelihood|likelihood_sum|function):(?P<target>\S+)"
 )
@@ -105,6 +106,9 @@ class IngestConfig(SourceConfig):
         [], title="Group rules", description="regular-expression=group, searched in the prompt's text; first match wins"
     )
     license: str | None = Field(None, title="License", description="Of the source; stored with every row")
+    language: str | None = Field(
+        None, title="Language", description="Of the source: a code such as en or pt-BR, or several with commas"
+    )
     heldout_fraction: float = Field(
         0.2, title="Held-out fraction", description="Share of prompts, by hash, kept for evaluation", ge=0, lt=1
     )
@@ -118,6 +122,9 @@ class IngestConfig(SourceConfig):
         chosen = [self.group_column, self.group_constant, self.group_rules or None]
         if sum(choice is not None for choice in chosen) > 1:
             raise ValueError("group_column, group_constant and group_rules exclude each other; keep one")
+        for code in (self.language or "en").split(","):
+            if not LANGUAGE_PATTERN.fullmatch(code.strip()):
+                raise ValueError(f'language = "{self.language}": write codes such as en or pt-BR, with commas between')
         return self
 
 

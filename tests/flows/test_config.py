@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.config import load_config
+from flows.config import load_config, validate
 from tasks.errors import ConfigError
 
 
@@ -43,3 +43,10 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("name = ")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "bad.toml", [], {})
+
+
+@pytest.mark.parametrize("language", ["en", "pt-BR", "en, de", "zh-Hans"])
+def test_languages_are_codes(language: str) -> None:
+    assert validate({"ingest": {"language": language}}).ingest.language == language
+    with pytest.raises(ConfigError, match=r'language = "English": write codes such as en or pt-BR'):
+        validate({"ingest": {"language": "English"}})

@@ -40,6 +40,51 @@ def candidate(prompt_id: str = "p0", index: int = 0, score: float | None = 0.0, 
     return row | changes
 
 
+def preference(prompt_id: str = "p0", group: str = "child", **changes: object) -> dict[str, object]:
+    """A row of `preferences`."""
+    row: dict[str, object] = {
+        "prompt": [{"role": "user", "content": f"question {prompt_id}"}],
+        "chosen": [{"role": "assistant", "content": "right"}],
+        "rejected": [{"role": "assistant", "content": "wrong"}],
+        "prompt_id": prompt_id,
+        "group": group,
+        "score_chosen": 1.0,
+        "score_rejected": 0.0,
+        "score_margin": 1.0,
+        "strategy": "best_vs_worst",
+        "chosen_index": 0,
+        "rejected_index": 1,
+        "policy_logp_ref_chosen": None,
+        "policy_logp_ref_rejected": None,
+        "n_votes": None,
+        "agreement": None,
+        "annotator": None,
+    }
+    return row | changes
+
+
+def rejected(prompt_id: str = "p9", group: str | None = "child", reason: str = "tie") -> dict[str, object]:
+    """A row of `rejected`."""
+    return {
+        "stage": "assemble",
+        "row": None,
+        "prompt_id": prompt_id,
+        "group": group,
+        "reason": reason,
+        "detail": "both score 1.0",
+    }
+
+
+def metric(model: str = "before", group: str = "all", name: str = "truth", value: float = 0.5) -> dict[str, object]:
+    """A row of `metrics`."""
+    return {"model": model, "group": group, "metric": name, "value": value, "n": 4}
+
+
+def training(step: int = 1, name: str = "loss", value: float = 0.5) -> dict[str, object]:
+    """A row of `training`."""
+    return {"step": step, "metric": name, "value": value}
+
+
 def publish_candidates(lake: Lake, version: str = "0123456789ab", n_rows: int = 3) -> DatasetRef:
     """A version of candidates/demo with one shard of p0 to p<n_rows - 1>."""
     writer = lake.writer("candidates", "demo", version)

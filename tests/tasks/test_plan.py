@@ -32,6 +32,7 @@ OTHERS: dict[str, object] = {
     "group_constant": "us",
     "group_rules": ["a=b"],
     "license": "mit",
+    "language": "en",
     "max_prompts": 5,
     "max_heldout": 5,
     "reward": "likelihood",
