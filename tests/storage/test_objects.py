@@ -84,7 +84,7 @@ def test_a_full_disk_during_an_upload_leaves_nothing_behind(tmp_path: Path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "weights").write_text("x")
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(DiskFullError, match="no space left for the lake"):
         open_store(str(tmp_path / "lake")).upload("models/x", tmp_path / "weights")
     assert [path for path in (tmp_path / "lake").rglob("*") if path.is_file()] == []
