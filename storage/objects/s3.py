@@ -10,7 +10,7 @@ from pyarrow.fs import FileSystem
 
 from storage.errors import LakeError
 from storage.objects.protocol import Readable, Stored, key_parts
-from storage.objects.s3_client import THREADS, arrow_filesystem, connect
+from storage.objects.s3_client import THREADS, arrow_filesystem, connect, new_session
 from storage.objects.s3_errors import code_of, explained
 from storage.objects.s3_reader import ABSENT, fetch, open_reader, there
 from storage.objects.s3_upload import put
@@ -36,13 +36,11 @@ class S3Store:
     """A prefix of a bucket. Writes carry `If-None-Match: *`, so that the server itself refuses a second one."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
-        import boto3
-
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.root = f"s3://{bucket}/{prefix}".rstrip("/")
         with explained(self.root):
-            self._session = boto3.Session()
+            self._session = new_session()
             self._client: Any = connect(self._session)
         self._is_probed = False
         self._arrow: tuple[object, FileSystem] | None = None

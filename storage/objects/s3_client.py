@@ -1,5 +1,6 @@
 """Connections to S3. Endpoint, region, credentials and retries come from where every AWS tool looks for them."""
 
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,12 +11,29 @@ THREADS = 16
 CONNECT_TIMEOUT_S = 10
 
 
+def new_session() -> Any:
+    """A session that looks at the environment and the AWS files as they are now."""
+    from botocore.session import Session
+
+    session = Session()
+    # Reading botocore's description of S3 takes 0.1 s, every task opens the lake.
+    session.register_component("data_loader", _loader())
+    return session
+
+
+@lru_cache(maxsize=1)
+def _loader() -> Any:
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
 def connect(session: Any) -> Any:
     """A client of this session. Settings come from botocore's own chain, such as AWS_ENDPOINT_URL_S3 or AWS_PROFILE."""
     from botocore.config import Config
 
     common = Config(max_pool_connections=THREADS, connect_timeout=CONNECT_TIMEOUT_S)
-    client = session.client("s3", config=common)
+    client = session.create_client("s3", config=common)
     if is_aws(client.meta.endpoint_url):
         return client
     # Older servers refuse the checksum trailers that botocore sends by default (aws-chunked: 411, 501), and few
@@ -25,7 +43,7 @@ def connect(session: Any) -> Any:
         response_checksum_validation="when_required",
         s3={"addressing_style": "path", "payload_signing_enabled": True},
     )
-    return session.client("s3", config=common.merge(other))
+    return session.create_client("s3", config=common.merge(other))
 
 
 def is_aws(endpoint: str) -> bool:
