@@ -31,25 +31,29 @@ def collect(lake: Lake, older_than: timedelta, now: datetime, is_dry_run: bool) 
         if item.modified_at < cutoff:
             yield from _remove(lake, [item], "unfinished write", is_dry_run)
     for ref in lake.versions():
+        yield from _free(lake, ref, now - MIN_AGE, is_dry_run)
         yield from _sweep(lake, ref, cutoff, is_dry_run)
 
 
+def _free(lake: Lake, ref: DatasetRef, cutoff: datetime, is_dry_run: bool) -> Iterator[Leftover]:
+    """Claims of collectors that were killed keep writers out: no collector is busy with one version for an hour."""
+    claims = [item for item in lake.store.entries(ref.prefix) if _is_claim(ref, item) and item.modified_at < cutoff]
+    return _remove(lake, claims, "claim of a killed gc", is_dry_run)
+
+
 def _sweep(lake: Lake, ref: DatasetRef, cutoff: datetime, is_dry_run: bool) -> Iterator[Leftover]:
-    items = list(lake.store.entries(ref.prefix))
+    items = _writes(lake, ref)
     if _is_published(ref, items):
-        unlisted = _unlisted(lake, ref, items)
-        old = [item for item in unlisted if item.modified_at < cutoff]
+        old = [item for item in _unlisted(lake, ref, items) if item.modified_at < cutoff]
         yield from _remove(lake, old, "not in the manifest", is_dry_run)
-    elif _is_abandoned(ref, items, cutoff):
-        if is_dry_run:
-            yield from _remove(lake, items, "never published", is_dry_run)
-            return
+    elif is_dry_run:
+        yield from _remove(lake, items if _is_abandoned(items, cutoff) else [], "never published", is_dry_run)
+    elif _is_abandoned(items, cutoff):
         with flag(lake.store, f"{ref.prefix}/{CLAIM}"):
             # Looked at again, now that a writer would see the claim: see storage.publish.
-            items = list(lake.store.entries(ref.prefix))
-            if not _is_published(ref, items) and _is_abandoned(ref, items, cutoff):
-                mine = [item for item in items if not _is_claim(ref, item) or item.modified_at < cutoff]
-                yield from _remove(lake, mine, "never published", is_dry_run)
+            items = _writes(lake, ref)
+            if not _is_published(ref, items) and _is_abandoned(items, cutoff):
+                yield from _remove(lake, items, "never published", is_dry_run)
 
 
 def _remove(lake: Lake, items: list[Stored], reason: str, is_dry_run: bool) -> Iterator[Leftover]:
@@ -63,9 +67,13 @@ def _is_published(ref: DatasetRef, items: list[Stored]) -> bool:
     return any(item.key == f"{ref.prefix}/{FILE_NAME}" for item in items)
 
 
-def _is_abandoned(ref: DatasetRef, items: list[Stored], cutoff: datetime) -> bool:
-    """Nobody has written anything for so long; claims are not writes, but young ones of others stand in the way."""
-    return all(item.modified_at < cutoff for item in items if not _is_claim(ref, item))
+def _is_abandoned(items: list[Stored], cutoff: datetime) -> bool:
+    return bool(items) and all(item.modified_at < cutoff for item in items)
+
+
+def _writes(lake: Lake, ref: DatasetRef) -> list[Stored]:
+    """What writers have left in a version's folder."""
+    return [item for item in lake.store.entries(ref.prefix) if not _is_claim(ref, item)]
 
 
 def _is_claim(ref: DatasetRef, item: Stored) -> bool:

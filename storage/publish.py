@@ -25,11 +25,19 @@ def publish(store: ObjectStore, manifest: Manifest, card: bytes, text: bytes) ->
         store.create(f"{prefix}/{CARD_NAME}", card)
         sizes = {item.key: item.size_bytes for item in store.entries(prefix)}
         if any(key.startswith(f"{prefix}/{CLAIM}") for key in sizes):
-            raise LakeError(f"{manifest.label}: `winnow gc` is removing leftovers of it; run again when gc has ended")
+            raise LakeError(
+                f"{manifest.label}: `winnow gc` is removing leftovers of it; run again when it has ended (if it was "
+                "killed, another `winnow gc` sets the version free after an hour)"
+            )
         for file in manifest.files:
             if sizes.get(f"{prefix}/{file.path}") != file.size_bytes:
                 raise LakeError(f"{manifest.label}: {file.path} was removed or replaced meanwhile; run again")
         store.create(f"{prefix}/{FILE_NAME}", text)
+
+
+def is_flag(path: str) -> bool:
+    """Whether a path inside a version is a mark or a claim."""
+    return path.startswith((MARK, CLAIM))
 
 
 @contextmanager
