@@ -18,7 +18,7 @@ $(READY): pyproject.toml infra/constraints.txt
 
 # Debian and Ubuntu: a real S3 server for the slow tests, about 100 packages. They skip those without it.
 ceph:
-	command -v radosgw ceph-mon ceph-osd >/dev/null || { \
+	command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null || { \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd; }
 
