@@ -8,7 +8,7 @@ from typing import cast
 
 import typer
 
-from flows import cli_demo, cli_lake, cli_report, cli_run, cli_starter
+from flows import cli_demo, cli_lake, cli_report, cli_run, cli_starter, cli_versions
 from flows.cli_options import messages
 from tasks.errors import USER_ERRORS
 
@@ -27,6 +27,7 @@ cli_demo.add_commands(app)
 cli_run.add_commands(app)
 cli_lake.add_commands(app)
 cli_report.add_commands(app)
+cli_versions.add_commands(app)
 app.add_typer(cli_starter.app, name="starter")
 
 

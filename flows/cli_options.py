@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-LakeOption = Annotated[str, typer.Option("--lake", envvar="WINNOW_LAKE", help="Folder of the lake.")]
+LakeOption = Annotated[
+    str, typer.Option("--lake", envvar="WINNOW_LAKE", help="Folder of the lake, or s3://BUCKET/PREFIX.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, logs on standard error.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show Prefect's logs.")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of a pipeline.")]

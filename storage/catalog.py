@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,14 +14,15 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from storage.errors import LakeError, QueryError
-from storage.lake import DatasetRef, Lake
+from storage.lake import Lake
 from storage.manifest import Manifest
 from storage.objects import TEMPORARY
+from storage.refs import KINDS
 from storage.schema import TABLES
 
 VIEWS = (*TABLES, "groups", "cuts", "runs")
-# Makes a view with this name over Parquet files of one table of the lake: (connection, view, table, files).
-Attach = Callable[[duckdb.DuckDBPyConnection, str, str, list[str]], object]
+# Makes a relation with this name out of the shards of one table in one version: (connection, name, shards).
+Attach = Callable[[duckdb.DuckDBPyConnection, str, pads.Dataset], object]
 RUNS = pa.schema(
     [
         pa.field("kind", pa.string()),
@@ -79,24 +81,36 @@ def query(lake: Lake, sql: str) -> QueryResult:
 @contextmanager
 def connect(lake: Lake) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database with all views; its SQL can reach neither files nor the network."""
-    # What does not fit into memory goes into the lake's own folder, never into the current one. DuckDB removes it.
-    spill = lake.store.uri(f"{TEMPORARY}/{uuid.uuid4().hex}")
-    with duckdb.connect(config={"temp_directory": spill}) as connection:
+    with _spill_folder(lake) as spill, duckdb.connect(config={"temp_directory": spill}) as connection:
         _create_views(connection, lake, _attach_dataset)
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         yield connection
 
 
-def write_catalog(lake: Lake, path: Path) -> None:
-    """Write a DuckDB file with the same views, whole or not at all, replacing an older one.
+@contextmanager
+def _spill_folder(lake: Lake) -> Iterator[str]:
+    """Where what does not fit into memory goes: the lake's own folder, never the current one. DuckDB removes it."""
+    inside = lake.store.local(f"{TEMPORARY}/{uuid.uuid4().hex}")
+    if inside is not None:
+        yield str(inside)
+        return
+    with tempfile.TemporaryDirectory(prefix="winnow-query-") as folder:
+        yield folder
 
-    The views name the lake's files by their absolute path; versions that are made later need a new catalog.
+
+def write_catalog(lake: Lake, path: Path) -> bool:
+    """Write a DuckDB file with the same views, whole or not at all, replacing an older one; True if it holds the rows.
+
+    Over a local lake the views name the lake's files by their absolute path. DuckDB cannot read a remote lake's files
+    by itself (httpfs is an extension to be downloaded), so their rows are copied into the file. Either way, versions
+    that are made later need a new catalog.
     """
+    has_rows = lake.store.local("-") is None
     temporary = path.absolute().with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with duckdb.connect(str(temporary)) as connection:
-            _create_views(connection, lake, _attach_parquet)
+            _create_views(connection, lake, _put if has_rows else _attach_parquet)
         temporary.replace(path)
     except (OSError, duckdb.Error) as error:
         reason = str(error).splitlines()[0]
@@ -104,6 +118,7 @@ def write_catalog(lake: Lake, path: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
         temporary.with_name(f"{temporary.name}.wal").unlink(missing_ok=True)
+    return has_rows
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, lake: Lake, attach: Attach) -> None:
@@ -114,58 +129,53 @@ def _create_views(connection: duckdb.DuckDBPyConnection, lake: Lake, attach: Att
         for table in {file.table for file in manifest.files if file.table in TABLES}:
             every[table].append(manifest)
             latest[table, manifest.kind, manifest.name] = manifest
+    present = frozenset(key for kind in KINDS for key in lake.store.list(kind))
     for table in TABLES:
         newest = [manifest for (name, _, _), manifest in latest.items() if name == table]
-        _create_view(connection, lake, (table, newest), attach)
-        _create_view(connection, lake, (f"{table}_versions", every[table]), attach)
+        names = {manifest.label: f"_{table}_{number}" for number, manifest in enumerate(every[table])}
+        for manifest in every[table]:
+            ref = lake.ref(manifest.kind, manifest.name, manifest.version)
+            attach(connection, names[manifest.label], lake.shards_dataset(ref, table, manifest.shards(table), present))
+        _create_view(connection, table, newest, names)
+        _create_view(connection, f"{table}_versions", every[table], names)
     _put(connection, "runs", _runs(manifests))
     connection.execute(_GROUPS)
     connection.execute(_CUTS)
 
 
 def _create_view(
-    connection: duckdb.DuckDBPyConnection, lake: Lake, content: tuple[str, list[Manifest]], attach: Attach
+    connection: duckdb.DuckDBPyConnection, view: str, manifests: list[Manifest], relations: dict[str, str]
 ) -> None:
     """One view over a table's shards in several versions, with `dataset` and `version` in front.
 
     Every name in the SQL is ours: versions are numbered, their names come from a table.
     """
-    view, manifests = content
-    table = view.removesuffix("_versions")
     names = [{"number": i, "dataset": m.name, "version": m.version} for i, m in enumerate(manifests)]
     schema = pa.schema([("number", pa.int64()), ("dataset", pa.string()), ("version", pa.string())])
     _put(connection, f"_{view}_names", pa.Table.from_pylist(names, schema=schema))
-    _put(connection, f"_{view}_none", TABLES[table].empty_table())
+    _put(connection, f"_{view}_none", TABLES[view.removesuffix("_versions")].empty_table())
     parts = [f"SELECT n.dataset, n.version, t.* FROM _{view}_none AS t, _{view}_names AS n"]
     for number, manifest in enumerate(manifests):
-        ref = lake.ref(manifest.kind, manifest.name, manifest.version)
-        attach(connection, f"_{view}_{number}", table, [_present(lake, ref, f.path) for f in manifest.shards(table)])
+        relation = relations[manifest.label]
         parts.append(
-            f"SELECT n.dataset, n.version, t.* FROM _{view}_{number} AS t, _{view}_names AS n WHERE n.number = {number}"
+            f"SELECT n.dataset, n.version, t.* FROM {relation} AS t, _{view}_names AS n WHERE n.number = {number}"
         )
     connection.execute(f"CREATE VIEW {view} AS {' UNION ALL BY NAME '.join(parts)}")
 
 
-def _present(lake: Lake, ref: DatasetRef, path: str) -> str:
-    key = f"{ref.prefix}/{path}"
-    if not lake.store.exists(key):
-        raise LakeError(f"{ref}: {path} is missing; remove that version and run again")
-    return lake.store.uri(key)
-
-
-def _put(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -> None:
+def _put(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table | pads.Dataset) -> None:
     connection.register("_incoming", data)
     connection.execute(f"CREATE TABLE {name} AS SELECT * FROM _incoming")
     connection.unregister("_incoming")
 
 
-def _attach_dataset(connection: duckdb.DuckDBPyConnection, view: str, table: str, files: list[str]) -> None:
-    connection.register(view, pads.dataset(files, schema=TABLES[table], format="parquet"))
+def _attach_dataset(connection: duckdb.DuckDBPyConnection, name: str, shards: pads.Dataset) -> None:
+    connection.register(name, shards)
 
 
-def _attach_parquet(connection: duckdb.DuckDBPyConnection, view: str, table: str, files: list[str]) -> None:
+def _attach_parquet(connection: duckdb.DuckDBPyConnection, name: str, shards: pads.Dataset) -> None:
     # DuckDB takes paths as patterns; in brackets a special character stands for itself.
-    connection.from_parquet([re.sub(r"([*?\[])", r"[\1]", file) for file in files]).create_view(view)
+    connection.from_parquet([re.sub(r"([*?\[])", r"[\1]", file) for file in shards.files]).create_view(name)
 
 
 def _runs(manifests: list[Manifest]) -> pa.Table:

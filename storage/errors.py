@@ -2,7 +2,8 @@
 
 StorageError
 ├── LakeError         the lake itself: a path that is a file, a damaged shard, a name that is not allowed
-│   └── DiskFullError no space left
+│   ├── DiskFullError         no space left
+│   └── LakeUnreachableError  a store that does not answer now
 ├── RefError          no such dataset or version
 ├── SchemaError       a table that does not fit its schema
 ├── AssemblyError     pairs that cannot be made as asked
@@ -22,6 +23,10 @@ class LakeError(StorageError):
 
 class DiskFullError(LakeError):
     """No space left where the lake lies."""
+
+
+class LakeUnreachableError(LakeError):
+    """The store does not answer; another attempt may succeed."""
 
 
 class RefError(StorageError):

@@ -1,7 +1,7 @@
 """The lake: immutable versions under `<root>/<kind>/<name>/<version>/`, visible from the moment of their manifest."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -9,10 +9,11 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from storage.cache import cached_folder
 from storage.errors import LakeError, RefError
 from storage.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
 from storage.objects import ObjectStore, open_store
-from storage.refs import KINDS, DatasetRef, check_name, check_version, fingerprint, parse_ref
+from storage.refs import KINDS, DatasetRef, check_name, check_version, fingerprint, is_place, parse_ref
 from storage.schema import TABLES
 from storage.shards import decode
 from storage.writer import VersionWriter
@@ -28,7 +29,7 @@ class Lake:
 
     @classmethod
     def open(cls, root: str) -> "Lake":
-        """The lake in a folder; LakeError for a root that is a file."""
+        """The lake in a folder or under s3://BUCKET/PREFIX; LakeError for one that cannot be."""
         return cls(open_store(root))
 
     @property
@@ -48,7 +49,7 @@ class Lake:
             ref = self.ref(kind, name, version)
             return ref if self.store.exists(f"{ref.prefix}/{FILE_NAME}") else None
         check_name(kind, name, f"{kind}/{name}")
-        found = [manifest for manifest in self.manifests(kind) if manifest.name == name]
+        found = self.manifests(kind, name)
         return self.ref(kind, name, found[-1].version) if found else None
 
     def resolve(self, text: str) -> DatasetRef:
@@ -62,19 +63,24 @@ class Lake:
 
     def manifest(self, ref: DatasetRef) -> Manifest:
         """The manifest of a published version."""
-        key = f"{ref.prefix}/{FILE_NAME}"
-        if not self.store.exists(key):
+        (data,) = self.store.read_all([f"{ref.prefix}/{FILE_NAME}"])
+        if data is None:
             raise RefError(f"{ref} is not in the lake {self.root}; see `winnow datasets`")
-        return parse_manifest(self.store.read(key), ref)
+        return parse_manifest(data, ref)
 
-    def manifests(self, kind: str | None = None) -> list[Manifest]:
-        """All manifests (of one kind), oldest first."""
-        found = []
-        for key in (key for one in ([kind] if kind else KINDS) for key in self.store.list(one)):
-            parts = key.split("/")
-            if len(parts) == 4 and parts[3] == FILE_NAME:
-                found.append(self.manifest(self.ref(parts[0], parts[1], parts[2])))
-        return sorted(found, key=lambda manifest: (manifest.created_at, manifest.version))
+    def manifests(self, kind: str | None = None, name: str | None = None) -> list[Manifest]:
+        """All manifests (of one kind, of one name), oldest first."""
+        refs = self.versions(kind, name)
+        found = self.store.read_all([f"{ref.prefix}/{FILE_NAME}" for ref in refs])
+        manifests = (parse_manifest(data, ref) for ref, data in zip(refs, found, strict=True) if data is not None)
+        return sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.version))
+
+    def versions(self, kind: str | None = None, name: str | None = None) -> list[DatasetRef]:
+        """The folders of all versions (of one kind, of one name), published or not."""
+        kinds = [kind] if kind else KINDS
+        names = ((one, found) for one in kinds for found in ([name] if name else self.store.folders(one)))
+        places = ((one, found, version) for one, found in names for version in self.store.folders(f"{one}/{found}"))
+        return [self.ref(*place) for place in places if is_place(*place)]
 
     def iter_shards(self, ref: DatasetRef, table: str, split: str | None = None) -> Iterator[pa.Table]:
         """The shards of a table, one by one, in order; LakeError for one that is not what the manifest lists."""
@@ -96,17 +102,26 @@ class Lake:
 
         LakeError for a shard that is missing or is not what the manifest lists; all of them are hashed first.
         """
-        places = []
-        for file in self.manifest(ref).shards(table, split):
-            key = f"{ref.prefix}/{file.path}"
-            if not self.store.exists(key):
-                raise LakeError(f"{ref}: {file.path} is missing; remove that version and run again")
-            with self.store.open(key) as stored:
+        files = self.manifest(ref).shards(table, split)
+        found = self.shards_dataset(ref, table, files)
+        for file in files:
+            with self.store.open(f"{ref.prefix}/{file.path}") as stored:
                 self._check(ref, file, hashlib.file_digest(cast(BufferedReader, stored), "sha256").hexdigest())
-            places.append(self.store.arrow(key))
-        if not places:
+        return found
+
+    def shards_dataset(
+        self, ref: DatasetRef, table: str, files: Sequence[FileEntry], present: Collection[str] | None = None
+    ) -> pads.Dataset:
+        """The same without a look at their content; `present` are the lake's keys, where they are known already."""
+        keys = [f"{ref.prefix}/{file.path}" for file in files]
+        if not keys:
             return pads.dataset(TABLES[table].empty_table())
-        return pads.dataset([path for _, path in places], TABLES[table], "parquet", places[0][0])
+        missing = sorted(set(keys).difference(self.store.list(ref.prefix) if present is None else present))
+        if missing:
+            path = missing[0].removeprefix(f"{ref.prefix}/")
+            raise LakeError(f"{ref}: {path} is missing; remove that version and run again")
+        filesystem, _ = self.store.arrow(keys[0])
+        return pads.dataset([self.store.arrow(key)[1] for key in keys], TABLES[table], "parquet", filesystem)
 
     @staticmethod
     def _check(ref: DatasetRef, file: FileEntry, sha256: str) -> None:
@@ -115,8 +130,8 @@ class Lake:
             raise LakeError(f"{ref}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
 
     def folder(self, ref: DatasetRef, prefix: str) -> Path:
-        """Local folder of a version's plain files, such as a model."""
-        return Path(self.store.uri(f"{ref.prefix}/{prefix}"))
+        """Local folder of a version's plain files, such as a model; a remote lake's are fetched once and checked."""
+        return self.store.local(f"{ref.prefix}/{prefix}") or cached_folder(self.store, self.manifest(ref), prefix)
 
     def writer(self, kind: str, name: str, version: str) -> VersionWriter:
         """Start or continue a version."""

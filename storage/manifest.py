@@ -56,6 +56,11 @@ class Manifest(BaseModel):
         """kind/name@version."""
         return f"{self.kind}/{self.name}@{self.version}"
 
+    @property
+    def prefix(self) -> str:
+        """The version's folder inside the lake."""
+        return f"{self.kind}/{self.name}/{self.version}"
+
     def shards(self, table: str, split: str | None = None) -> list[FileEntry]:
         """The shards of a table, in order."""
         found = [file for file in self.files if file.table == table and split in (None, file.split)]

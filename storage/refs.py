@@ -55,6 +55,11 @@ def check_version(version: str, shown: str) -> None:
         raise RefError(f'reference "{shown}": a version has 12 hexadecimal digits; see `winnow datasets`')
 
 
+def is_place(kind: str, name: str, version: str) -> bool:
+    """Whether a version may lie there; anything else in a lake is not ours."""
+    return kind in KINDS and bool(_NAME.fullmatch(name)) and bool(_VERSION.fullmatch(version))
+
+
 def fingerprint(payload: Mapping[str, object]) -> str:
     """12 hexadecimal digits of the sha256 over the payload as canonical JSON."""
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from storage.errors import LakeError
 from storage.lake import DatasetRef, FileEntry, Lake
+from storage.manifest import FILE_NAME
+from storage.publish import CARD_NAME, is_flag
 from storage.shards import decode
 
 CHUNK_BYTES = 1 << 20
@@ -28,10 +30,11 @@ def verify(lake: Lake, ref: DatasetRef) -> Iterator[Verdict]:
     manifest = lake.manifest(ref)
     for file in manifest.files:
         yield Verdict(file.path, file.size_bytes, _problem(lake, ref, file))
-    listed = {file.path for file in manifest.files} | {"manifest.json", "README.md"}
-    for key in lake.store.list(ref.prefix):
-        path = key.removeprefix(f"{ref.prefix}/")
-        if path not in listed:
+    listed = {file.path for file in manifest.files} | {FILE_NAME, CARD_NAME}
+    for item in lake.store.entries(ref.prefix):
+        path = item.key.removeprefix(f"{ref.prefix}/")
+        # Empty flags that killed runs left mean nothing any more; `winnow gc` removes them.
+        if path not in listed and not (is_flag(path) and item.size_bytes == 0):
             yield Verdict(path, 0, "is not in the manifest")
 
 

@@ -13,13 +13,13 @@ from storage.errors import LakeError
 from storage.lineage import ancestors
 from storage.manifest import FILE_NAME, FileEntry, Manifest, now
 from storage.objects import ObjectStore
+from storage.publish import publish
 from storage.refs import DatasetRef
 from storage.schema import SCHEMA_VERSION
 from storage.shards import Shard, decode, encode
+from storage.stream import HashingReader, sha256_of
 
 __all__ = ["Provenance", "Shard", "VersionWriter"]
-
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,9 @@ class VersionWriter:
 
     def find(self, shard: Shard) -> pa.Table | None:
         """The rows of a shard that is there already, whole and under the right schema: part of the version now."""
-        key = f"{self.ref.prefix}/{shard.path}"
-        if not self.store.exists(key):
+        (data,) = self.store.read_all([f"{self.ref.prefix}/{shard.path}"])
+        if data is None:
             return None
-        data = self.store.read(key)
         rows = self._decode(shard, data)
         self._add(shard, data, rows.num_rows)
         return rows
@@ -73,10 +72,10 @@ class VersionWriter:
         found = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
         for path in sorted(found):
             inside = f"{prefix}/{path.relative_to(folder).as_posix()}"
-            self.store.upload(f"{self.ref.prefix}/{inside}", path)
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self.files[inside] = FileEntry(path=inside, sha256=digest, size_bytes=path.stat().st_size)
+                sent = HashingReader(file)
+                self.store.upload(f"{self.ref.prefix}/{inside}", sent)
+            self.files[inside] = FileEntry(path=inside, sha256=sent.sha256, size_bytes=sent.size_bytes)
 
     def commit(self, provenance: Provenance) -> DatasetRef:
         """Publish: the card, then the manifest, create-only. When another writer was faster, its version stands.
@@ -100,8 +99,7 @@ class VersionWriter:
             files=tuple(self.files[path] for path in sorted(self.files)),
         )
         card = render_card(manifest, ancestors(self.store, manifest.inputs))
-        self.store.create(f"{self.ref.prefix}/README.md", card.encode())
-        self.store.create(f"{self.ref.prefix}/{FILE_NAME}", manifest.model_dump_json(indent=2).encode())
+        publish(self.store, manifest, card.encode(), manifest.model_dump_json(indent=2).encode())
         return self.ref
 
     def _is_published(self) -> bool:
@@ -109,13 +107,8 @@ class VersionWriter:
 
     def _check_plain_files(self) -> None:
         for file in self.files.values():
-            if file.table is None:
-                digest = hashlib.sha256()
-                with self.store.open(f"{self.ref.prefix}/{file.path}") as stored:
-                    while chunk := stored.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                if digest.hexdigest() != file.sha256:
-                    raise LakeError(f"{self.ref}: another run writes {file.path} too; wait for it, then run again")
+            if file.table is None and sha256_of(self.store, f"{self.ref.prefix}/{file.path}") != file.sha256:
+                raise LakeError(f"{self.ref}: another run writes {file.path} too; wait for it, then run again")
 
     def _decode(self, shard: Shard, data: bytes) -> pa.Table:
         shown = f"shard {self.store.uri(f'{self.ref.prefix}/{shard.path}')}"

@@ -1,8 +1,15 @@
-"""Rows of the lake's tables with everything filled in, for tests to change."""
+"""Rows of the lake's tables with everything filled in, and versions made of them, for tests to change."""
+
+from datetime import UTC, datetime
+from pathlib import Path
 
 from storage.lake import DatasetRef, Lake
+from storage.objects import Stored
 from storage.schema import to_table
+from storage.verify import verify
 from storage.writer import Provenance, Shard
+
+VERSION = "0123456789ab"
 
 
 def prompt(prompt_id: str = "p0", group: str = "child") -> dict[str, object]:
@@ -85,9 +92,31 @@ def training(step: int = 1, name: str = "loss", value: float = 0.5) -> dict[str,
     return {"step": step, "metric": name, "value": value}
 
 
-def publish_candidates(lake: Lake, version: str = "0123456789ab", n_rows: int = 3) -> DatasetRef:
+def publish_candidates(lake: Lake, version: str = VERSION, n_rows: int = 3) -> DatasetRef:
     """A version of candidates/demo with one shard of p0 to p<n_rows - 1>."""
     writer = lake.writer("candidates", "demo", version)
     rows = [candidate(f"p{i}", 0, float(i)) for i in range(n_rows)]
     writer.write(Shard("candidates", "train", 0, 1), to_table("candidates", rows))
     return writer.commit(Provenance("generate", {"n": 1}, {}, {}, "winnow"))
+
+
+def publish_model(lake: Lake, folder: Path, text: str = "weights") -> DatasetRef:
+    """A version of models/demo with two plain files, made from candidates/demo."""
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    (folder / "weights.bin").write_text(text)
+    (folder / "sub" / "config.json").write_text("{}")
+    writer = lake.writer("models", "demo", VERSION)
+    writer.add_tree(folder, "model")
+    inputs = {"preferences": f"candidates/demo@{VERSION}", "model": f"sha256:{'0' * 64}"}
+    return writer.commit(Provenance("finetune", {}, inputs, {}, "winnow"))
+
+
+def put(lake: Lake, key: str, data: bytes) -> None:
+    """Whatever a test wants, in place of what is there."""
+    lake.store.delete(Stored(key, 0, datetime.now(UTC)))
+    assert lake.store.create(key, data)
+
+
+def problems(lake: Lake, ref: DatasetRef) -> dict[str, str]:
+    """What `winnow verify` finds, per file."""
+    return {verdict.path: verdict.problem for verdict in verify(lake, ref) if verdict.problem is not None}

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,24 +11,10 @@ from storage.lake import Lake
 from storage.objects import open_store
 
 
-def test_an_object_is_created_once_and_never_replaced(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    assert store.create("a/b", b"first") is True
-    assert store.create("a/b", b"second") is False
-    assert store.read("a/b") == b"first"
-    assert list(store.list("a")) == ["a/b"]
-
-
 def test_opening_a_lake_creates_nothing(tmp_path: Path) -> None:
     lake = Lake.open(str(tmp_path / "new" / "lake"))
     assert lake.manifests() == []
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("key", ["../x", "/etc/passwd", "a/../../x", "a\\b", ""])
-def test_keys_that_lead_out_of_the_lake_are_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(LakeError, match="leads out of the lake"):
-        open_store(str(tmp_path)).create(key, b"x")
 
 
 def test_links_that_lead_out_of_the_lake_are_refused(tmp_path: Path) -> None:
@@ -44,9 +31,9 @@ def test_a_lake_path_that_is_or_passes_a_file_is_refused(tmp_path: Path) -> None
             Lake.open(str(tmp_path / path))
 
 
-def test_an_s3_lake_is_refused_in_one_line() -> None:
-    with pytest.raises(LakeError, match="only local folders are supported"):
-        Lake.open("s3://bucket/lake")
+def test_another_kind_of_store_is_refused_in_one_line() -> None:
+    with pytest.raises(LakeError, match="only folders and S3 are supported"):
+        Lake.open("gs://bucket/lake")
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +66,13 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_during_an_upload_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Path, target: Path) -> None:
-        target.write_bytes(b"half")
+    def full(_: object, target: io.BufferedWriter, __: int) -> None:
+        target.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "weights").write_text("x")
-    monkeypatch.setattr(shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(DiskFullError, match="no space left for the lake"):
-        open_store(str(tmp_path / "lake")).upload("models/x", tmp_path / "weights")
+        open_store(str(tmp_path / "lake")).upload("models/x", io.BytesIO(b"x"))
     assert [path for path in (tmp_path / "lake").rglob("*") if path.is_file()] == []
 
 
@@ -109,22 +95,6 @@ def test_a_file_where_a_folder_must_be_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_reading_what_is_not_there_is_one_line(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    store.create("a/b", b"x")
-    for key in ("a/c", "a"):
-        with pytest.raises(LakeError, match="cannot be read"):
-            store.read(key)
-
-
 def test_an_empty_lake_path_does_not_mean_the_current_folder() -> None:
     with pytest.raises(LakeError, match="the path is empty"):
         open_store("")
-
-
-def test_an_upload_replaces_the_whole_file(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path / "lake"))
-    for text in ("long first text", "second"):
-        (tmp_path / "source").write_text(text)
-        store.upload("models/x", tmp_path / "source")
-    assert store.read("models/x") == b"second"

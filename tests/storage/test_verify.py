@@ -7,17 +7,13 @@ import pytest
 
 from storage.lake import DatasetRef, Lake
 from storage.verify import verify
-from tests.storage.rows import publish_candidates
+from tests.storage.rows import problems, publish_candidates
 
 
 @pytest.fixture
 def published(tmp_path: Path) -> tuple[Lake, DatasetRef]:
     lake = Lake.open(str(tmp_path))
     return lake, publish_candidates(lake, n_rows=20)
-
-
-def problems(lake: Lake, ref: DatasetRef) -> dict[str, str]:
-    return {verdict.path: verdict.problem for verdict in verify(lake, ref) if verdict.problem is not None}
 
 
 def test_an_untouched_version_has_no_problem(published: tuple[Lake, DatasetRef]) -> None:

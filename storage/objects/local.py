@@ -1,70 +1,23 @@
-"""Where bytes live: a small interface with create-only writes, and its form for a local folder."""
+"""Objects in a local folder."""
 
 import errno
+import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from storage.errors import DiskFullError, LakeError
+from storage.objects.protocol import TEMPORARY, Readable, Stored, key_parts
 
-TEMPORARY = ".tmp"
-
-
-class ObjectStore(Protocol):
-    """Keys are relative POSIX paths; whatever is written appears whole or not at all."""
-
-    root: str
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Write a new object; False when the key exists already (it is left as it is)."""
-        ...
-
-    def upload(self, key: str, source: Path) -> None:
-        """Write or replace an object from a local file (only for files that no manifest lists yet)."""
-        ...
-
-    def read(self, key: str) -> bytes:
-        """All bytes of an object."""
-        ...
-
-    def open(self, key: str) -> BinaryIO:
-        """A seekable reader."""
-        ...
-
-    def exists(self, key: str) -> bool:
-        """Whether the key is there."""
-        ...
-
-    def list(self, prefix: str) -> Iterator[str]:
-        """All keys below a folder, sorted."""
-        ...
-
-    def uri(self, key: str) -> str:
-        """The address under which other tools find the object."""
-        ...
-
-    def arrow(self, key: str) -> tuple[FileSystem, str]:
-        """PyArrow's way to the object: its file system, and the object's path there."""
-        ...
-
-
-def open_store(root: str) -> ObjectStore:
-    """The store behind a lake's root; raises LakeError for a root that is a file or not supported."""
-    if not root.strip():
-        raise LakeError('lake "": the path is empty; give a folder such as ./lake')
-    if "://" in root:
-        raise LakeError(f'lake "{root}": only local folders are supported; give a folder such as ./lake')
-    path = Path(root).expanduser().absolute()
-    blocker = next((parent for parent in (path, *path.parents) if parent.exists()), path)
-    if blocker.exists() and not blocker.is_dir():
-        raise LakeError(f'lake "{root}": {blocker} is a file; give a folder')
-    return LocalStore(path)
+CHUNK_BYTES = 1 << 20
 
 
 class LocalStore:
@@ -74,11 +27,11 @@ class LocalStore:
         self.folder = folder
         self.root = str(folder)
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, source: bytes | Readable) -> bool:
         """See ObjectStore."""
         target = self._path(key)
         with self._temporary() as temporary:
-            _write_synced(temporary, data)
+            _write_synced(temporary, io.BytesIO(source) if isinstance(source, bytes) else source)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(temporary, target)
@@ -86,13 +39,11 @@ class LocalStore:
                 return False
         return True
 
-    def upload(self, key: str, source: Path) -> None:
+    def upload(self, key: str, source: Readable) -> None:
         """See ObjectStore."""
         target = self._path(key)
         with self._temporary() as temporary:
-            shutil.copyfile(source, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            _write_synced(temporary, source)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
 
@@ -100,6 +51,10 @@ class LocalStore:
         """See ObjectStore."""
         with self.open(key) as file:
             return file.read()
+
+    def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        """See ObjectStore."""
+        return [self.read(key) if self.exists(key) else None for key in keys]
 
     def open(self, key: str) -> BinaryIO:
         """See ObjectStore."""
@@ -115,28 +70,66 @@ class LocalStore:
 
     def list(self, prefix: str) -> Iterator[str]:
         """See ObjectStore."""
+        return (item.key for item in self.entries(prefix))
+
+    def entries(self, prefix: str) -> Iterator[Stored]:
+        """See ObjectStore."""
         folder = self._path(prefix) if prefix else self.folder
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(self.folder)
-            if path.is_file() and relative.parts[0] != TEMPORARY:
-                yield relative.as_posix()
+        found = (item for item in self._files(folder) if not item.key.startswith(f"{TEMPORARY}/"))
+        yield from sorted(found, key=lambda item: item.key)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """See ObjectStore."""
+        try:
+            with os.scandir(self._path(prefix) if prefix else self.folder) as found:
+                return sorted(entry.name for entry in found if entry.is_dir() and entry.name != TEMPORARY)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def unfinished(self) -> Iterator[Stored]:
+        """See ObjectStore."""
+        return self._files(self.folder / TEMPORARY)
+
+    def delete(self, item: Stored) -> None:
+        """See ObjectStore."""
+        path = self._path(item.key)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the first parent that holds something else ends it
+            for parent in path.parents[: len(key_parts(item.key)) - 1]:
+                parent.rmdir()
 
     def uri(self, key: str) -> str:
         """See ObjectStore."""
         return str(self._path(key))
 
+    def local(self, key: str) -> Path | None:
+        """See ObjectStore."""
+        return self._path(key)
+
     def arrow(self, key: str) -> tuple[FileSystem, str]:
         """See ObjectStore."""
         return LocalFileSystem(), str(self._path(key))
 
+    @cached_property
+    def _resolved(self) -> str:
+        return os.path.realpath(self.folder)
+
     def _path(self, key: str) -> Path:
-        parts = PurePosixPath(key).parts
-        if not parts or key.startswith("/") or ".." in parts or "\\" in key or "\0" in key:
-            raise LakeError(f'key "{key}" leads out of the lake; use a relative path without ".."')
-        path = self.folder.joinpath(*parts)
-        if not path.resolve().is_relative_to(self.folder.resolve()):
+        path = self.folder.joinpath(*key_parts(key))
+        if not os.path.realpath(path).startswith(f"{self._resolved.rstrip(os.sep)}{os.sep}"):
             raise LakeError(f'key "{key}" is a link that leads out of the lake; remove it')
         return path
+
+    def _files(self, folder: Path) -> Iterator[Stored]:
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                try:
+                    state = path.stat()
+                except FileNotFoundError:  # another process was faster
+                    continue
+                modified = datetime.fromtimestamp(state.st_mtime, UTC)
+                yield Stored(path.relative_to(self.folder).as_posix(), state.st_size, modified)
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
@@ -159,8 +152,8 @@ class LocalStore:
                 path.unlink(missing_ok=True)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, source: Readable) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        shutil.copyfileobj(source, file, CHUNK_BYTES)
         file.flush()
         os.fsync(file.fileno())
