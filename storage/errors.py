@@ -5,7 +5,8 @@ StorageError
 │   └── DiskFullError no space left
 ├── RefError          no such dataset or version
 ├── SchemaError       a table that does not fit its schema
-└── QueryError        SQL that DuckDB refuses
+├── QueryError        SQL that DuckDB refuses
+└── ViewError         a trainer's layout that is unknown or cannot carry the rows
 """
 
 
@@ -31,3 +32,7 @@ class SchemaError(StorageError):
 
 class QueryError(StorageError):
     """SQL that DuckDB refuses."""
+
+
+class ViewError(StorageError):
+    """A trainer's layout that is unknown or cannot carry the rows."""
