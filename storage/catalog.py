@@ -12,6 +12,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from storage.drift import check_shards
 from storage.errors import LakeError, QueryError
 from storage.lake import DatasetRef, Lake
 from storage.manifest import Manifest
@@ -160,7 +161,9 @@ def _put(connection: duckdb.DuckDBPyConnection, name: str, data: pa.Table) -> No
 
 
 def _attach_dataset(connection: duckdb.DuckDBPyConnection, view: str, table: str, files: list[str]) -> None:
-    connection.register(view, pads.dataset(files, schema=TABLES[table], format="parquet"))
+    dataset = pads.dataset(files, schema=TABLES[table], format="parquet")
+    check_shards(dataset, TABLES[table])
+    connection.register(view, dataset)
 
 
 def _attach_parquet(connection: duckdb.DuckDBPyConnection, view: str, table: str, files: list[str]) -> None:

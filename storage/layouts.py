@@ -4,7 +4,7 @@ The statements also work as they stand in `winnow query`. Sources, read in 2026-
 - trl, trl_kto, prompts: huggingface/trl docs/source/dataset_formats.md (explicit conversational preference, unpaired
   preference, prompt-only)
 - ultrafeedback: the card of HuggingFaceH4/ultrafeedback_binarized; `prompt` is the first user turn, as
-  huggingface/alignment-handbook src/alignment/data.py took it (release 0.2.0)
+  huggingface/alignment-handbook src/alignment/data.py took it (v0.2.0)
 - openrlhf: OpenRLHF/OpenRLHF openrlhf/datasets/reward_dataset.py, with prompt_key, chosen_key and apply_chat_template
 - open_instruct: allenai/open-instruct open_instruct/dataset_transformation.py, preference_tulu_tokenize_and_truncate_v1
 - nemo_rl: NVIDIA-NeMo/RL docs/guides/dpo.md and nemo_rl/data/datasets/preference_datasets/preference_dataset.py
@@ -154,7 +154,7 @@ LAYOUTS: dict[str, Layout] = {
         "preferences",
         "alignment-handbook recipes; whatever reads ultrafeedback_binarized",
         _ULTRAFEEDBACK,
-        (_EMPTY_TURN, _NO_NUMBER, _NO_USER),
+        (_EMPTY_TURN, _NO_NUMBER, _LONG_ANSWER, _NO_USER),
     ),
     "openrlhf": Layout("preferences", "OpenRLHF: DPO, reward model", _OPENRLHF),
     "open_instruct": Layout("preferences", "open-instruct: DPO", _OPEN_INSTRUCT, (_EMPTY_TURN, _LONG_ANSWER)),

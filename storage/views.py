@@ -9,6 +9,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from storage.drift import check_shards
 from storage.errors import LakeError, ViewError
 from storage.lake import DatasetRef, Lake
 from storage.layouts import LAYOUTS, Layout
@@ -117,6 +118,7 @@ class ViewRows:
                 filter=chosen, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1, use_threads=False
             ):
                 if batch.num_rows:
+                    batch.validate(full=True)  # bytes that are no UTF-8
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(error) from error
@@ -157,20 +159,8 @@ def _source(lake: Lake, ref: DatasetRef, layout: Layout, split: str | None) -> p
     if split is not None and split not in splits:
         raise ViewError(f'{ref} has no split "{split}"; its splits: {", ".join(splits)}')
     dataset = lake.dataset(ref, layout.table, split)
-    for fragment in dataset.get_fragments():
-        _check_schema(ref, fragment, TABLES[layout.table])
+    check_shards(dataset, TABLES[layout.table])
     return dataset
-
-
-def _check_schema(ref: DatasetRef, fragment: pads.Fragment, schema: pa.Schema) -> None:
-    # A column that a shard lacks would be read as NULL without a word.
-    path = "/".join(fragment.path.split("/")[-2:])
-    try:
-        found = fragment.physical_schema
-    except (pa.ArrowException, OSError) as error:
-        raise LakeError(f"{ref}: {path} is damaged; see `winnow verify {ref}`") from error
-    if not found.equals(schema):
-        raise LakeError(f"{ref}: {path} has another schema; remove that version and run again")
 
 
 def _select(connection: duckdb.DuckDBPyConnection, layout: Layout, rows: pa.Table) -> pa.Table:

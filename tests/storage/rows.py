@@ -46,3 +46,37 @@ def publish_candidates(lake: Lake, version: str = "0123456789ab", n_rows: int = 
     rows = [candidate(f"p{i}", 0, float(i)) for i in range(n_rows)]
     writer.write(Shard("candidates", "train", 0, 1), to_table("candidates", rows))
     return writer.commit(Provenance("generate", {"n": 1}, {}, {}, "winnow"))
+
+
+def preference(prompt_id: str = "p0", group: str = "child", **changes: object) -> dict[str, object]:
+    """A row of `preferences` with a system turn and several turns."""
+    row: dict[str, object] = {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4"},
+            {"role": "user", "content": f"And {prompt_id}?"},
+        ],
+        "chosen": [{"role": "assistant", "content": "6"}],
+        "rejected": [{"role": "assistant", "content": "7"}],
+        "prompt_id": prompt_id,
+        "group": group,
+        "score_chosen": 1.5,
+        "score_rejected": -0.5,
+        "score_margin": 2.0,
+        "strategy": "best_vs_worst",
+        "chosen_index": 1,
+        "rejected_index": 0,
+        "policy_logp_ref_chosen": None,
+        "policy_logp_ref_rejected": None,
+    }
+    return row | changes
+
+
+def publish(lake: Lake, table: str, *shards: list[dict[str, object]], **place: str) -> DatasetRef:
+    """A version of TABLE/demo with these shards of its split."""
+    split, version = place.get("split", "train"), place.get("version", "0123456789ab")
+    writer = lake.writer(table, "demo", version)
+    for index, rows in enumerate(shards):
+        writer.write(Shard(table, split, index, len(shards)), to_table(table, rows))
+    return writer.commit(Provenance("test", {}, {}, {}, "winnow"))
