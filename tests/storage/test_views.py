@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_dataset
+from datasets import Features, Value, load_dataset
 
 from storage import views
 from storage.catalog import query
@@ -129,7 +129,8 @@ def test_a_written_view_loads_with_datasets(lake: Lake, tmp_path: Path, name: st
     written = write_view(lake, _published(lake, name), Selection(name), path)
     kind = {".jsonl": "json"}.get(suffix, suffix[1:])
     # CSV has no types: without these options the answer "6" would become a number, and "NA" nothing.
-    options = {"dtype": str, "keep_default_na": False} if suffix == ".csv" else {}
+    texts = Features({column: Value("string") for column in written.columns})
+    options = {"features": texts, "keep_default_na": False} if suffix == ".csv" else {}
     loaded = load_dataset(kind, data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"), **options)
     assert loaded.to_list() == GOLDEN[name]
     assert (written.n_rows, written.columns) == (len(GOLDEN[name]), loaded.column_names)
