@@ -15,9 +15,7 @@ from storage.lake import Lake
 from storage.results import stream_csv, write_query
 from tests.storage.rows import candidate, preference, publish
 
-SQL = 'SELECT prompt_id, candidate_index AS i, score, response, error, n_tokens > 1 AS l FROM candidates ORDER BY 1, 2'
-    "SELECT prompt_id, candidate_index AS i, score, response, error, n_tokens > 1 AS l FROM candidates ORDER BY 1, 2"
-)
+SQL = "SELECT prompt_id, candidate_index AS i, score, response, error, n_tokens > 1 AS l FROM candidates ORDER BY 1, 2"
 
 
 @pytest.fixture
