@@ -18,6 +18,13 @@ from storage.schema import TABLES
 
 # Rows of the lake that are in memory at once.
 BATCH_ROWS = 1000
+# One thread and no reading ahead: memory stays that of a row group.
+_SMALL = {
+    "batch_readahead": 0,
+    "fragment_readahead": 0,
+    "use_threads": False,
+    "fragment_scan_options": pads.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +120,7 @@ class ViewRows:
         group = self.selection.group
         chosen = None if group is None else pads.field("group") == group
         try:
-            # One thread and no reading ahead: memory stays that of a row group.
-            for batch in self._dataset.to_batches(
-                filter=chosen, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1, use_threads=False
-            ):
+            for batch in self._dataset.to_batches(filter=chosen, batch_size=BATCH_ROWS, **_SMALL):
                 if batch.num_rows:
                     batch.validate(full=True)  # bytes that are no UTF-8
                     yield pa.Table.from_batches([batch])
@@ -141,7 +145,7 @@ class ViewRows:
 
     def _groups(self) -> str:
         groups: set[str] = set()
-        for batch in self._dataset.to_batches(columns=["group"]):
+        for batch in self._dataset.to_batches(columns=["group"], **_SMALL):
             groups.update(batch["group"].unique().to_pylist())
         return f"its groups: {', '.join(sorted(groups))}" if groups else "its table is empty"
 
