@@ -15,25 +15,9 @@ MAIN_TABLES = ("preferences", "candidates", "prompts")
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this module into `app`."""
-    app.command("query")(query)
     app.command("catalog")(catalog)
     app.command("datasets")(datasets)
     app.command("show")(show)
-
-
-def query(
-    sql: Annotated[str, typer.Argument(help="One DuckDB statement.")],
-    lake: LakeOption = DEFAULT_LAKE,
-    as_json: JsonOption = False,
-) -> None:
-    """SQL over the lake: views prompts, candidates, preferences, groups, cuts, runs, rejected, metrics, training."""
-    from storage.catalog import query as run_query
-
-    result = run_query(Lake.open(lake), sql)
-    if as_json:
-        emit({"columns": result.columns, "rows": [list(row) for row in result.rows]})
-    elif result.columns:
-        output().print(table(result.columns, result.rows))
 
 
 def catalog(

@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from storage.drift import check_shards
 from storage.errors import LakeError, QueryError
 from storage.lake import Lake
 from storage.manifest import Manifest
@@ -135,7 +136,10 @@ def _create_views(connection: duckdb.DuckDBPyConnection, lake: Lake, attach: Att
         names = {manifest.label: f"_{table}_{number}" for number, manifest in enumerate(every[table])}
         for manifest in every[table]:
             ref = lake.ref(manifest.kind, manifest.name, manifest.version)
-            attach(connection, names[manifest.label], lake.shards_dataset(ref, table, manifest.shards(table), present))
+            shards = lake.shards_dataset(ref, table, manifest.shards(table), present)
+            if manifest in newest:  # one look at every footer; what is older is seldom asked for
+                check_shards(shards, table)
+            attach(connection, names[manifest.label], shards)
         _create_view(connection, table, newest, names)
         _create_view(connection, f"{table}_versions", every[table], names)
     _put(connection, "runs", _runs(manifests))

@@ -9,7 +9,8 @@ StorageError
 ├── AssemblyError     pairs that cannot be made as asked
 ├── QueryError        SQL that DuckDB refuses
 ├── HubError          a version that is not, or cannot be, pushed to the hub
-└── ExtraError        an optional package that is not installed
+├── ExtraError        an optional package that is not installed
+└── ViewError         a trainer's layout that is unknown or cannot carry the rows
 """
 
 
@@ -51,3 +52,7 @@ class HubError(StorageError):
 
 class ExtraError(StorageError):
     """An optional package that is not installed."""
+
+
+class ViewError(StorageError):
+    """A trainer's layout that is unknown or cannot carry the rows."""

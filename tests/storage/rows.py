@@ -120,3 +120,40 @@ def put(lake: Lake, key: str, data: bytes) -> None:
 def problems(lake: Lake, ref: DatasetRef) -> dict[str, str]:
     """What `winnow verify` finds, per file."""
     return {verdict.path: verdict.problem for verdict in verify(lake, ref) if verdict.problem is not None}
+
+
+def dialogue(prompt_id: str = "p0", group: str = "child", **changes: object) -> dict[str, object]:
+    """A row of `preferences` with a system turn and several turns."""
+    row: dict[str, object] = {
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4"},
+            {"role": "user", "content": f"And {prompt_id}?"},
+        ],
+        "chosen": [{"role": "assistant", "content": "6"}],
+        "rejected": [{"role": "assistant", "content": "7"}],
+        "prompt_id": prompt_id,
+        "group": group,
+        "score_chosen": 1.5,
+        "score_rejected": -0.5,
+        "score_margin": 2.0,
+        "strategy": "best_vs_worst",
+        "chosen_index": 1,
+        "rejected_index": 0,
+        "policy_logp_ref_chosen": None,
+        "policy_logp_ref_rejected": None,
+        "n_votes": None,
+        "agreement": None,
+        "annotator": None,
+    }
+    return row | changes
+
+
+def publish(lake: Lake, table: str, *shards: list[dict[str, object]], **place: str) -> DatasetRef:
+    """A version of TABLE/demo with these shards of its split."""
+    split, version = place.get("split", "train"), place.get("version", "0123456789ab")
+    writer = lake.writer(table, "demo", version)
+    for index, rows in enumerate(shards):
+        writer.write(Shard(table, split, index, len(shards)), to_table(table, rows))
+    return writer.commit(Provenance("test", {}, {}, {}, "winnow"))
