@@ -26,6 +26,10 @@ _EMPTY_TURN: Rule = (
     "a turn has no role or no content",
     f"len(list_filter({_PAIR_TURNS}, lambda m: m.role IS NULL OR m.content IS NULL)) > 0",
 )
+_EMPTY_MESSAGE: Rule = (
+    "a turn has no role or no content",
+    "len(list_filter(messages, lambda m: m.role IS NULL OR m.content IS NULL)) > 0",
+)
 _NO_NUMBER: Rule = (
     "a score is not a finite number",
     "NOT coalesce(isfinite(score_chosen) AND isfinite(score_rejected), false)",
@@ -45,7 +49,6 @@ class Layout:
     """One layout: the table it reads, its SELECT, what it cannot carry, and the files it may be written to."""
 
     table: str
-    reader: str
     sql: str
     cannot_carry: tuple[Rule, ...] = (_EMPTY_TURN,)
     suffixes: tuple[str, ...] = NESTED
@@ -137,46 +140,14 @@ _NOT_ONE_USER_TURN: Rule = (
 )
 
 LAYOUTS: dict[str, Layout] = {
-    "trl": Layout("preferences", "TRL: DPO, Reward, CPO, ORPO", _TRL, (_EMPTY_TURN, _NO_NUMBER)),
-    "trl_kto": Layout("preferences", "TRL: KTO", _TRL_KTO),
-    "prompts": Layout(
-        "prompts",
-        "TRL: GRPO, RLOO",
-        _PROMPTS,
-        (
-            (
-                "a turn has no role or no content",
-                "len(list_filter(messages, lambda m: m.role IS NULL OR m.content IS NULL)) > 0",
-            ),
-        ),
-    ),
-    "ultrafeedback": Layout(
-        "preferences",
-        "alignment-handbook recipes; whatever reads ultrafeedback_binarized",
-        _ULTRAFEEDBACK,
-        (_EMPTY_TURN, _NO_NUMBER, _LONG_ANSWER, _NO_USER),
-    ),
-    "openrlhf": Layout("preferences", "OpenRLHF: DPO, reward model", _OPENRLHF),
-    "open_instruct": Layout("preferences", "open-instruct: DPO", _OPEN_INSTRUCT, (_EMPTY_TURN, _LONG_ANSWER)),
-    "nemo_rl": Layout("preferences", "NeMo RL: DPO, reward model", _NEMO_RL, (_EMPTY_TURN, _LONG_ANSWER)),
-    "llama_factory": Layout(
-        "preferences",
-        "LLaMA-Factory: DPO, reward model (sharegpt, ranking)",
-        _LLAMA_FACTORY,
-        (_EMPTY_TURN, _LONG_ANSWER, _NOT_ALTERNATING),
-    ),
-    "argilla": Layout(
-        "preferences",
-        "Argilla: records for people to judge",
-        _ARGILLA,
-        (_EMPTY_TURN, _NO_NUMBER, _LONG_ANSWER),
-        (".json", ".jsonl"),
-    ),
-    "text": Layout(
-        "preferences",
-        "plain strings: NeMo RL BinaryPreferenceDataset, LLaMA-Factory alpaca, spreadsheets",
-        _TEXT,
-        (_EMPTY_TURN, _LONG_ANSWER, _NOT_ONE_USER_TURN),
-        (*NESTED, ".csv"),
-    ),
+    "trl": Layout("preferences", _TRL, (_EMPTY_TURN, _NO_NUMBER)),
+    "trl_kto": Layout("preferences", _TRL_KTO),
+    "prompts": Layout("prompts", _PROMPTS, (_EMPTY_MESSAGE,)),
+    "ultrafeedback": Layout("preferences", _ULTRAFEEDBACK, (_EMPTY_TURN, _NO_NUMBER, _LONG_ANSWER, _NO_USER)),
+    "openrlhf": Layout("preferences", _OPENRLHF),
+    "open_instruct": Layout("preferences", _OPEN_INSTRUCT, (_EMPTY_TURN, _LONG_ANSWER)),
+    "nemo_rl": Layout("preferences", _NEMO_RL, (_EMPTY_TURN, _LONG_ANSWER)),
+    "llama_factory": Layout("preferences", _LLAMA_FACTORY, (_EMPTY_TURN, _LONG_ANSWER, _NOT_ALTERNATING)),
+    "argilla": Layout("preferences", _ARGILLA, (_EMPTY_TURN, _NO_NUMBER, _LONG_ANSWER), (".json", ".jsonl")),
+    "text": Layout("preferences", _TEXT, (_EMPTY_TURN, _LONG_ANSWER, _NOT_ONE_USER_TURN), (*NESTED, ".csv")),
 }

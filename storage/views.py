@@ -94,6 +94,7 @@ class ViewRows:
             self.schema = _select(connection, self.layout, TABLES[self.layout.table].empty_table()).schema
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
+        self.unfit.clear()
         with duckdb.connect() as connection:
             for rows in self._batches():
                 try:
