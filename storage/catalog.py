@@ -133,11 +133,12 @@ def _create_views(connection: duckdb.DuckDBPyConnection, lake: Lake, attach: Att
     present = frozenset(key for kind in KINDS for key in lake.store.list(kind))
     for table in TABLES:
         newest = [manifest for (name, _, _), manifest in latest.items() if name == table]
+        current = {manifest.label for manifest in newest}
         names = {manifest.label: f"_{table}_{number}" for number, manifest in enumerate(every[table])}
         for manifest in every[table]:
             ref = lake.ref(manifest.kind, manifest.name, manifest.version)
             shards = lake.shards_dataset(ref, table, manifest.shards(table), present)
-            if manifest in newest:  # one look at every footer; what is older is seldom asked for
+            if manifest.label in current:  # one look at every footer; what is older is seldom asked for
                 check_shards(shards, table)
             attach(connection, names[manifest.label], shards)
         _create_view(connection, table, newest, names)
