@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict
+
+# Not at run time: a pydantic model keeps its module, and DuckDB then complains of leaks when the process ends.
+if TYPE_CHECKING:
+    import duckdb
 
 BINS = 20  # about
 
@@ -44,13 +48,15 @@ class _Bins:
 
 def histogram(data: pa.Table | pads.Dataset, column: str) -> Histogram | None:
     """Of a numeric column, per value of the column `group`; None where no value is a finite number."""
+    import duckdb
+
     assert column in data.schema.names
     with duckdb.connect() as connection:
         connection.register("data", data)
         return histogram_of(connection, f'SELECT "group", "{column}" AS value FROM data')
 
 
-def histogram_of(connection: duckdb.DuckDBPyConnection, rows: str) -> Histogram | None:
+def histogram_of(connection: "duckdb.DuckDBPyConnection", rows: str) -> Histogram | None:
     """The same for a query of ours with the columns `group` and `value`."""
     finite = f"SELECT * FROM ({rows}) WHERE isfinite(value)"
     lowest, highest = connection.execute(f"SELECT MIN(value), MAX(value) FROM ({finite})").fetchall()[0]
