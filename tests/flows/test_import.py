@@ -51,7 +51,6 @@ def test_the_command_reads_a_configuration_and_prints_one_object(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "source is empty; give a file"),
         (["x.jsonl", "--set", "import.colour=red"], 'unknown key "import_preferences.colour"'),
         (["x.jsonl", "--set", "import.votes=each"], 'votes is for layout = "annotators"'),
     ],
