@@ -9,7 +9,6 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from storage.drift import check_shards
 from storage.errors import LakeError, ViewError
 from storage.lake import DatasetRef, Lake
 from storage.layouts import LAYOUTS, Layout
@@ -164,7 +163,6 @@ def _source(lake: Lake, ref: DatasetRef, layout: Layout, split: str | None) -> p
     if split is not None and split not in splits:
         raise ViewError(f'{ref} has no split "{split}"; its splits: {", ".join(splits)}')
     dataset = lake.dataset(ref, layout.table, split)
-    check_shards(dataset, TABLES[layout.table])
     return dataset
 
 

@@ -18,6 +18,7 @@ from storage.screening.screen import ScreenRules, screen
 from storage.writer import Shard, VersionWriter
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
+from tasks.pictures import show_picture
 from tasks.settings import AssembleConfig
 from tasks.versions import Step, pin
 
@@ -60,6 +61,7 @@ def assemble(step: Step, lake_root: str) -> DatasetRef:
         stats = _stats(assembly, groups)
     ref = writer.commit(step.provenance(stats, {"prompts": prompts_ref}))
     show_stage(ref, {key: value for key, value in stats.items() if key != "groups"}, _table(groups))
+    show_picture(lake, ref)
     return ref
 
 
