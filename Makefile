@@ -41,7 +41,7 @@ format: setup
 	$(RUN)/ruff check --fix .
 
 bench: setup
-	for file in tests/benchmarks/bench_*.py; do $(RUN)/python $$file || exit 1; done
+	for file in tests/benchmarks/bench_*.py; do PYTHONPATH=. $(RUN)/python $$file || exit 1; done
 
 server: setup
 	# Without its address the UI asks port 4200, whatever the port here.

@@ -54,7 +54,7 @@ class LocalStore:
 
     def read_all(self, keys: Sequence[str]) -> list[bytes | None]:
         """See ObjectStore."""
-        return [self.read(key) if self.exists(key) else None for key in keys]
+        return [self._read_if_there(key) for key in keys]
 
     def open(self, key: str) -> BinaryIO:
         """See ObjectStore."""
@@ -62,7 +62,7 @@ class LocalStore:
         try:
             return path.open("rb")
         except OSError as error:
-            raise LakeError(f'"{path}" cannot be read ({error.strerror}); the lake is damaged there') from error
+            raise _unreadable(path, error) from error
 
     def exists(self, key: str) -> bool:
         """See ObjectStore."""
@@ -99,8 +99,8 @@ class LocalStore:
                 parent.rmdir()
 
     def uri(self, key: str) -> str:
-        """See ObjectStore."""
-        return str(self._path(key))
+        """See ObjectStore. Only a name: who opens it by `local` or `open` has links checked."""
+        return "/".join((self.root.rstrip("/"), *key_parts(key)))
 
     def local(self, key: str) -> Path | None:
         """See ObjectStore."""
@@ -119,6 +119,15 @@ class LocalStore:
         if not os.path.realpath(path).startswith(f"{self._resolved.rstrip(os.sep)}{os.sep}"):
             raise LakeError(f'key "{key}" is a link that leads out of the lake; remove it')
         return path
+
+    def _read_if_there(self, key: str) -> bytes | None:
+        path = self._path(key)
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     def _files(self, folder: Path) -> Iterator[Stored]:
         for parent, _, names in os.walk(folder):
@@ -150,6 +159,10 @@ class LocalStore:
             # On a disk that became read-only even this fails, and must not hide the error that says so.
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _unreadable(path: Path, error: OSError) -> LakeError:
+    return LakeError(f'"{path}" cannot be read ({error.strerror}); the lake is damaged there')
 
 
 def _write_synced(path: Path, source: Readable) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from storage.gc import collect
 from storage.lake import Lake
+from tests.servers.buckets import new_lake, use_endpoint
 from tests.storage import killed
 from tests.storage.rows import VERSION, problems
 
@@ -58,5 +59,8 @@ def test_a_writer_killed_at_every_step_ends_in_the_same_version(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_writer_to_s3_killed_at_every_request_ends_in_the_same_version(s3_root: str) -> None:
-    assert _kill_at_every_step(s3_root) > 15
+def test_a_writer_to_s3_killed_at_every_request_ends_in_the_same_version(
+    ceph_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_endpoint(monkeypatch, ceph_url)
+    assert _kill_at_every_step(new_lake(tmp_path / "cache", monkeypatch)) > 15
