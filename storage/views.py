@@ -162,8 +162,7 @@ def _source(lake: Lake, ref: DatasetRef, layout: Layout, split: str | None) -> p
         raise ViewError(f"{ref} has the splits {', '.join(splits)}; choose one with --split")
     if split is not None and split not in splits:
         raise ViewError(f'{ref} has no split "{split}"; its splits: {", ".join(splits)}')
-    dataset = lake.dataset(ref, layout.table, split)
-    return dataset
+    return lake.dataset(ref, layout.table, split)
 
 
 def _select(connection: duckdb.DuckDBPyConnection, layout: Layout, rows: pa.Table) -> pa.Table:
