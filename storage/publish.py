@@ -2,6 +2,7 @@
 
 Writer: leaves a mark, then looks for a claim, then creates the manifest. gc: leaves a claim, then looks for a mark or
 a manifest, then deletes. Whichever is second sees the other, so that no file of a published version is ever deleted.
+Marks and claims count for an hour at least (storage.gc.MIN_AGE): nobody may sleep longer between looking and acting.
 """
 
 import uuid
