@@ -99,7 +99,7 @@ def train_s3d(
     drafter = Drafter(loaded, adapter)
     optimizer = _optimizer(adapter, settings)
     generator = torch.Generator().manual_seed(settings.seed)
-    batches = _batches(texts, settings, generator)
+    batches = _batches(texts, settings, generator, loaded.model.device)
     with _frozen(loaded.model):
         for step in range(settings.steps):
             factor = _schedule(step / settings.steps)
@@ -201,9 +201,10 @@ def _optimizer(adapter: S3DAdapter, settings: S3DTraining) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def _batches(samples: Sequence[Sample], settings: S3DTraining, generator: torch.Generator) -> Iterator[TextBatch]:
+def _batches(
+    samples: Sequence[Sample], settings: S3DTraining, generator: torch.Generator, device: torch.device
+) -> Iterator[TextBatch]:
     """Endless batches in random order, texts of like length together."""
-    device = torch.device("cpu")
     window = 16 * settings.batch_size
     while True:
         order = torch.randperm(len(samples), generator=generator).tolist()
