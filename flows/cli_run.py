@@ -48,6 +48,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("plan")(plan)
     app.command("ingest")(ingest)
     app.command("import")(import_preferences)
+    app.command("adapt")(adapt)
     for stage, text in STAGE_HELP.items():
         app.command(stage, help=text)(_stage_command(stage))
 
@@ -141,6 +142,23 @@ def import_preferences(
         shortcuts.append(f"import.test_share={test_share}")
     found = load_config(config, [*overrides(values, name), *shortcuts])
     _run_stage("import_preferences", found, lake, as_json, verbose)
+
+
+def adapt(
+    model: Annotated[str | None, typer.Argument(help="starter, a folder, a hub name or models/NAME.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="REF of its own answers; default: draw some.")] = None,
+    name: NameOption = None,
+    config: ConfigOption = None,
+    values: SetOption = [],  # noqa: B006
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train an S3D adapter, with which a policy drafts for itself; it becomes models/NAME-s3d."""
+    given = {"model": model, "candidates": candidates}
+    shortcuts = [f"adapt.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    found = load_config(config, [*overrides(values, name), *shortcuts])
+    _run_stage("adapt", found, lake, as_json, verbose)
 
 
 def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict[str, DatasetRef], dict[str, bool]]:

@@ -8,6 +8,7 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from tasks.settings_adapt import AdaptConfig as AdaptConfig
 from tasks.settings_assemble import AssembleConfig as AssembleConfig
 from tasks.settings_base import NAME_PATTERN as NAME_PATTERN
 from tasks.settings_base import STARTER as STARTER
@@ -341,6 +342,7 @@ class PipelineConfig(BaseModel):
     calibrate: CalibrateConfig = Field(
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
     )
+    adapt: AdaptConfig = Field(AdaptConfig(), title="Adapt", description="Run by `winnow adapt` only")
     score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
     assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
     finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")

@@ -20,6 +20,7 @@ STAGE_VERSIONS = {
     "import": 1,
     "generate": 2,
     "calibrate": 1,
+    "adapt": 1,
     "score": 1,
     "assemble": 2,
     "finetune": 1,
