@@ -62,8 +62,8 @@ class RowTable:
         before = self.n_sampled[:n_live]
         # What is not kept lies behind the end, where it is never read and soon written over.
         self.tokens[index[:, None], before[:, None] + ahead] = tokens
-        self.n_sampled[:n_live] = before + counts
-        self.last[:n_live] = self.tokens[index, before + counts - 1].clamp(min=0)
+        self.n_sampled[:n_live] += counts  # and with it `before`
+        self.last[:n_live] = self.tokens[index, before - 1].clamp(min=0)
         if self.seen.shape[1]:
             for place in range(n_most):
                 self.seen[index, tokens[:, place].clamp(min=0)] |= place < counts
@@ -72,7 +72,9 @@ class RowTable:
         """The tokens since the host last looked, at most `n_most` of each row, (rows, most), and which of them are."""
         ahead = torch.arange(n_most, device=self.tokens.device)
         start = self.n_settled[:n_live]
-        return self.tokens[:n_live].gather(1, start[:, None] + ahead), ahead < (self.n_sampled[:n_live] - start)[:, None]
+        return self.tokens[:n_live].gather(1, start[:, None] + ahead), ahead < (self.n_sampled[:n_live] - start)[
+            :, None
+        ]
 
     def sampled(self, row: int) -> list[int]:
         """Token ids that `row` had sampled when the host last looked."""
