@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 STAGE_HELP = {
     "generate": "Best-of-N candidates for prompts/NAME, with cuts or without.",
     "calibrate": "Measure how far partial scores can be trusted, and propose a schedule of cuts.",
+    "adapt": "Train an S3D adapter, with which the policy drafts for itself; it becomes models/NAME-s3d.",
     "score": "Final scores of candidates/NAME.",
     "assemble": "Preference pairs from scored candidates/NAME.",
     "finetune": "Train the policy on preferences/NAME.",

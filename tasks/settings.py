@@ -8,6 +8,11 @@ from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tasks.settings_adapt import AdaptConfig
+from tasks.settings_base import NAME_PATTERN, STARTER, StageConfig
+
+__all__ = ["STARTER", "AdaptConfig", "StageConfig"]  # reached from here too
+
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
 PromptFormat = Literal["chat", "text"]
@@ -15,22 +20,11 @@ CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 Strategy = Literal["best_vs_worst", "best_vs_random", "best_vs_second", "all_pairs", "top_k_vs_bottom_k"]
 RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
-NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
-STARTER = "starter"
-
 TERM_PATTERN = re.compile(
     r"(?P<weight>-?\d+(\.\d+)?)\*(?P<kind>classifier|likelihood|likelihood_sum|function):(?P<target>\S+)"
 )
 
 Stage = TypeVar("Stage", bound="StageConfig")
-
-
-class StageConfig(BaseModel):
-    """What all stages share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field("main", title="Name", description="Name of the datasets in the lake", pattern=NAME_PATTERN)
 
 
 class RewardConfig(StageConfig):
@@ -411,6 +405,7 @@ class PipelineConfig(BaseModel):
     calibrate: CalibrateConfig = Field(
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
     )
+    adapt: AdaptConfig = Field(AdaptConfig(), title="Adapt", description="Run by `winnow adapt` only")
     score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
     assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
     finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")

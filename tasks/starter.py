@@ -26,7 +26,7 @@ def build_starter(folder: Path, threads: int) -> dict[str, object]:
         raise ConfigError(f'"{folder}" is not empty; give a new folder')
     use_threads(threads)
     settings = StarterSettings()
-    totals = {"policy": settings.policy_tokens, "reward": settings.reward_tokens}
+    totals = {"policy": settings.policy_tokens, "reward": settings.reward_tokens, "s3d": settings.s3d_steps}
     bars = {name: progress(f"starter {name}") for name in totals}
     build(folder, settings, lambda name, tokens, loss: bars[name](tokens, totals[name]))
     return dataclasses.asdict(settings)

@@ -19,6 +19,7 @@ STAGE_VERSIONS = {
     "ingest": 1,
     "generate": 2,
     "calibrate": 1,
+    "adapt": 1,
     "score": 1,
     "assemble": 2,
     "finetune": 1,

@@ -16,3 +16,8 @@ def path(model: Literal["policy", "reward"]) -> Path:
 def prompts_path() -> Path:
     """The shipped prompts: JSONL with messages, group and reference; none was in the training text."""
     return FOLDER / "prompts.jsonl"
+
+
+def s3d_path() -> Path:
+    """Folder of the shipped policy's S3D adapter."""
+    return FOLDER / "s3d"

@@ -1,4 +1,4 @@
-"""Builds the starter from its seed: tokenizer, prompts, policy, reward model. Run by `winnow starter build`."""
+"""Builds the starter from its seed: tokenizer, prompts, both models, S3D adapter. Run by `winnow starter build`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from runtime.starter.problems import draw_question
+from runtime.starter.s3d import build_adapter
 from runtime.starter.tokenizer import build_tokenizer
 from runtime.starter.training import Report, StarterSettings, train_policy, train_reward
 
@@ -18,7 +19,7 @@ N_PROMPTS = 1000
 
 
 def build(out_dir: Path, settings: StarterSettings, report: Report) -> None:
-    """Write `policy/`, `reward/`, `prompts.jsonl` and `recipe.json` into `out_dir`.
+    """Write `policy/`, `reward/`, `s3d/`, `prompts.jsonl` and `recipe.json` into `out_dir`.
 
     Takes settings.policy_tokens + settings.reward_tokens of training at about 9,000 tokens/s on two CPU cores.
     """
@@ -29,6 +30,7 @@ def build(out_dir: Path, settings: StarterSettings, report: Report) -> None:
     _save(policy, tokenizer, out_dir / "policy")
     reward = train_reward(policy, tokenizer, settings, report)
     _save(reward, tokenizer, out_dir / "reward")
+    build_adapter(out_dir, settings, report)
     recipe = json.dumps(dataclasses.asdict(settings), indent=2)
     (out_dir / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
 

@@ -60,6 +60,8 @@ class StarterSettings:
     reward_slip_rate: float = 0.15
     reward_style_rate: float = 0.85
     truncated_share: float = 0.5
+    s3d_prompts: int = 1500
+    s3d_steps: int = 1500
 
 
 @dataclass(frozen=True, slots=True)

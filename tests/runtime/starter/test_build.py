@@ -21,6 +21,8 @@ MINIATURE = StarterSettings(
     reward_tokens=8_000,
     policy_batch_tokens=1024,
     reward_batch_tokens=512,
+    s3d_prompts=4,
+    s3d_steps=3,
 )
 
 

@@ -1,0 +1,45 @@
+"""The starter's S3D adapter: trained on what the shipped policy says to problems of the training text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.alignment.s3d_training import S3DTraining, Sample, train_s3d
+from runtime.decoding.engine import Engine
+from runtime.decoding.rejection import CutSchedule
+from runtime.decoding.sampling import SamplingConfig
+from runtime.models import LoadedModel, encode_prompt, load_policy
+from runtime.records import Message, Prompt
+from runtime.starter.problems import draw_question
+from runtime.starter.training import StarterSettings
+
+N_ANSWERS = 4  # per problem
+MAX_ROWS = 128
+
+
+def build_adapter(folder: Path, settings: StarterSettings, report: Callable[[str, int, float], None]) -> None:
+    """Train the adapter of the policy in `folder`/policy and write it to `folder`/s3d."""
+    policy = load_policy(str(folder / "policy"))
+    samples = draw_samples(policy, settings.s3d_prompts, held_out=False, seed=settings.seed)
+    adapter = train_s3d(policy, samples, training(settings), lambda done, _: report("s3d", done, 0.0))
+    adapter.save(folder / "s3d")
+
+
+def training(settings: StarterSettings) -> S3DTraining:
+    """One layer at either end: what is foreseen beyond them is not worth the time of another layer."""
+    return S3DTraining(n_first=1, n_last=1, k=4, rank=16, alpha=16.0, steps=settings.s3d_steps, seed=settings.seed)
+
+
+def draw_samples(policy: LoadedModel, n_prompts: int, held_out: bool, seed: int) -> list[Sample]:
+    """The policy's answers at temperature 1 to fresh problems, from the held-out ones or from all others."""
+    rng = random.Random(f"s3d {seed}")
+    questions = [draw_question(rng, held_out) for _ in range(n_prompts)]
+    prompts = [Prompt(f"s3d-{index}", (Message("user", one.text),), one.group) for index, one in enumerate(questions)]
+    engine = Engine(policy, SamplingConfig(n=N_ANSWERS, seed=seed), CutSchedule(), None, MAX_ROWS)
+    found = []
+    for prompt, answers in zip(prompts, engine.generate(prompts), strict=True):
+        ids = encode_prompt(policy.tokenizer, prompt.messages, "chat")
+        found += [Sample((*ids, *answer.token_ids), len(ids)) for answer in answers]
+    return found
