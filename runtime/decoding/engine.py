@@ -1,7 +1,8 @@
 """The decoding loop: prefill a prompt once, step all live rows together, let finished and cut rows leave at once.
 
-The loop owns no policy: memory is the arena's, order the scheduler's, choice of tokens the sampler's, how many at once
-`steps`', cuts are `rejection`'s. With counter-based noise a candidate's text is the same for any max_rows, order and cut schedule.
+The loop owns no policy: memory is the arena's, order the scheduler's, choice of tokens the sampler's, how many of them
+at once is for the steps to say, cuts are `rejection`'s. With counter-based noise a candidate's text is the same for
+any max_rows, order, steps and cut schedule.
 """
 
 from collections.abc import Iterator, Sequence
