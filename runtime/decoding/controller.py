@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from math import log2
 from statistics import median
 
-GAIN_TO_START = 1.1  # over plain decoding; below 1 it stops
+GAIN_TO_START = 1.1  # over plain decoding
+GAIN_TO_STAY = 1.03  # rows of unequal length cost a little that no single round shows
 MEMORY = 0.99  # of what was accepted, per round
 PRIOR = (0.8, 4.0)  # acceptance that is assumed at first, and as if so many drafts had been seen
 REPEATS = 3  # of each timed pass; the fastest counts
@@ -73,7 +74,7 @@ class Controller:
         seconds = [gap + one for one in self.seconds[key]]
         expected = self.acceptance.tokens()
         gain = max(e * seconds[0] / s for e, s in zip(expected[1:], seconds[1:], strict=True))
-        self.is_on = gain > (1.0 if self.is_on else GAIN_TO_START)
+        self.is_on = gain > (GAIN_TO_STAY if self.is_on else GAIN_TO_START)
         self._n_plain = 0 if self.is_on else self._n_plain + 1
         if not self.is_on and self._n_plain % TRY_AGAIN:
             return 0

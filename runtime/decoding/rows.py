@@ -54,16 +54,15 @@ class RowTable:
             self.seen[index, tokens.clamp(min=0)] = True
         self.n_sampled[rows] += 1
 
-    def append_blocks(self, tokens: Tensor, counts: Tensor) -> None:
-        """Record the first `counts[i]` of `tokens[i]` for each live row i, (rows,) and (rows, at most)."""
-        n_live, n_most = tokens.shape
-        index = torch.arange(n_live, device=tokens.device)
+    def append_blocks(self, index: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Record the first `counts[i]` of `tokens[i]` for row `index[i]`; (rows,), (rows, at most) and (rows,)."""
+        n_most = tokens.shape[1]
         ahead = torch.arange(n_most, device=tokens.device)
-        before = self.n_sampled[:n_live]
+        before = self.n_sampled[index]
         # What is not kept lies behind the end, where it is never read and soon written over.
         self.tokens[index[:, None], before[:, None] + ahead] = tokens
-        self.n_sampled[:n_live] += counts  # and with it `before`
-        self.last[:n_live] = self.tokens[index, before - 1].clamp(min=0)
+        self.n_sampled[index] = before + counts
+        self.last[index] = self.tokens[index, before + counts - 1].clamp(min=0)
         if self.seen.shape[1]:
             for place in range(n_most):
                 self.seen[index, tokens[:, place].clamp(min=0)] |= place < counts

@@ -208,10 +208,11 @@ class Arena:
         self.n_prompts = len(set(self.owners))
         del self.prompt_lengths[self.n_prompts :]
 
-    def layout(self, rows: slice) -> "Layout":
+    def layout(self, rows: slice | list[int]) -> "Layout":
         """Which of the rows belong to which prompt, as indices; for all rows made anew only when some came or went."""
         if rows != slice(0, self.n_rows):
-            return Layout.of(self.owners[rows], self.prompt_lengths, self.prompts.device)
+            owners = self.owners[rows] if isinstance(rows, slice) else [self.owners[row] for row in rows]
+            return Layout.of(owners, self.prompt_lengths, self.prompts.device)
         if self._layout is None:
             self._layout = Layout.of(self.owners, self.prompt_lengths, self.prompts.device)
         return self._layout

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from runtime.decoding.controller import Controller
 from runtime.decoding.s3d.adapter import Drafter, S3DAdapter
@@ -20,6 +21,7 @@ from runtime.kv.passes import RowsPass
 from runtime.models import LoadedModel
 
 Clock = Callable[[], float]  # seconds
+MOST_ACTIVE = 7 / 8  # of the live rows, where those that wait for the others are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +58,21 @@ class S3DRounds:
     @torch.inference_mode()
     def advance(self, state: State, rooms: Sequence[int]) -> int:
         """See Steps."""
-        k = min(self._wanted(state, rooms), max(rooms) - 1)
-        if k == 0 and min(rooms) > 0:
+        active = [row for row, room in enumerate(rooms) if room]
+        if len(active) > MOST_ACTIVE * len(rooms):  # leaving so few out costs more than it saves
+            active = list(range(len(rooms)))
+        rooms = [rooms[row] for row in active]
+        k = min(self._wanted(state, active, rooms), max(rooms) - 1)
+        if k == 0 and len(active) == state.arena.n_rows and min(rooms) > 0:
             self._ended = None
             return self.plain.advance(state, rooms)
-        verdict = self._round(state, k, [min(k + 1, room) for room in rooms])
-        state.arena.row_tokens[: len(rooms)] += verdict.counts
-        state.rows.append_blocks(verdict.tokens, verdict.counts)
+        verdict, index = self._round(state, k, active, [min(k + 1, room) for room in rooms])
+        state.arena.row_tokens[index] += verdict.counts
+        state.rows.append_blocks(index, verdict.tokens, verdict.counts)
         self._report(verdict, k, rooms)
         return k + 1
 
-    def _wanted(self, state: State, rooms: Sequence[int]) -> int:
+    def _wanted(self, state: State, active: list[int], rooms: Sequence[int]) -> int:
         if self.controller is None:
             return self.k
         clock = self.s3d.clock
@@ -74,32 +80,36 @@ class S3DRounds:
         if self._ended is not None:
             self.controller.gaps.append(clock() - self._ended)
             self._ended = None
-        n_slots = state.arena.n_slots + state.arena.layout(slice(0, len(rooms))).n_longest
-        return self.controller.choose(rooms, n_slots, lambda k: self._seconds(state, k, clock))
+        n_slots = state.arena.n_slots + max(state.arena.prompt_lengths)
+        return self.controller.choose(rooms, n_slots, lambda k: self._seconds(state, active, k, clock))
 
-    def _seconds(self, state: State, k: int, clock: Clock) -> float:
+    def _seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
         """Time a round whose result is dropped; what it stores lies behind the rows' lengths."""
         _wait(state)
         started = clock()
-        self._round(state, k, [1] * state.arena.n_rows)
+        self._round(state, k, active, [1] * len(active))
         _wait(state)
         return clock() - started
 
-    def _round(self, state: State, k: int, limits: list[int]) -> Verdict:
+    def _round(self, state: State, k: int, active: list[int], limits: list[int]) -> tuple[Verdict, Tensor]:
+        """The next tokens of some rows, and which rows these are, (rows,)."""
         rows, rule = state.rows, self.s3d.rule
-        live, device = slice(0, len(limits)), rows.last.device
-        allowed = torch.tensor(limits, device=device)
-        n_longest = max(n + limit for n, limit in zip(rows.lengths, limits, strict=True)) - 1
-        both = RowsPass(state.arena, k + 1, n_longest, None if min(limits) == k + 1 else allowed)
-        seen = rows.seen[live] if state.sampling.repetition_penalty != 1 else None
-        block = Block(rows.keys[live], rows.n_sampled[live], allowed, seen, state.sampling)
-        fed, drafts = rows.last[live, None], None
+        allowed = torch.tensor(limits, device=rows.last.device)
+        after = (rows.lengths[row] + n for row, n in zip(active, limits, strict=True))
+        n_longest = max(*rows.lengths, *after) - 1  # a row's newest token is not stored yet
+        counts = None if min(limits) == k + 1 else allowed
+        both = RowsPass(state.arena, k + 1, n_longest, counts, active if len(active) < state.arena.n_rows else None)
+        index = both.places
+        last = rows.last[index]
+        seen = rows.seen[index] if state.sampling.repetition_penalty != 1 else None
+        block = Block(rows.keys[index], rows.n_sampled[index], allowed, seen, state.sampling)
+        fed, drafts = last[:, None], None
         if k:
-            hidden = self.drafter.hidden(rows.last[live], k, both.positions, both)
+            hidden = self.drafter.hidden(last, k, both.positions, both)
             drafts = draft(block, self.drafter.logits(hidden), rule)
             fed = torch.cat((fed, drafts.tokens.clamp(min=0)), dim=1)
         hidden = run(state.model, fed, both.positions, both)
-        return verify(block, drafts, logits_of(state.model, hidden), rule)
+        return verify(block, drafts, logits_of(state.model, hidden), rule), index
 
     def _report(self, verdict: Verdict, k: int, rooms: Sequence[int]) -> None:
         """Tell the controller how many drafts stayed."""
