@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 STAGE_HELP = {
     "generate": "Best-of-N candidates for prompts/NAME, with cuts or without.",
     "calibrate": "Measure how far partial scores can be trusted, and propose a schedule of cuts.",
-    "adapt": "Train an S3D adapter, with which the policy drafts for itself; it becomes models/NAME-s3d.",
     "score": "Final scores of candidates/NAME.",
     "assemble": "Preference pairs from scored candidates/NAME.",
     "finetune": "Train the policy on preferences/NAME.",
@@ -48,6 +47,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("plan")(plan)
     app.command("ingest")(ingest)
+    app.command("adapt")(adapt)
     for stage, text in STAGE_HELP.items():
         app.command(stage, help=text)(_stage_command(stage))
 
@@ -114,6 +114,23 @@ def ingest(
     shortcuts = [f"ingest.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     found = load_config(config, [*overrides(values, name), *shortcuts])
     _run_stage("ingest", found, lake, as_json, verbose)
+
+
+def adapt(
+    model: Annotated[str | None, typer.Argument(help="starter, a folder, a hub name or models/NAME.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="REF of its own answers; default: draw some.")] = None,
+    name: NameOption = None,
+    config: ConfigOption = None,
+    values: SetOption = [],  # noqa: B006
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Train an S3D adapter, with which a policy drafts for itself; it becomes models/NAME-s3d."""
+    given = {"model": model, "candidates": candidates}
+    shortcuts = [f"adapt.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    found = load_config(config, [*overrides(values, name), *shortcuts])
+    _run_stage("adapt", found, lake, as_json, verbose)
 
 
 def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict[str, DatasetRef], dict[str, bool]]:

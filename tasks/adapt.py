@@ -98,10 +98,8 @@ def samples_of(candidates: pa.Table, prompts: pa.Table, policy: "LoadedModel", c
     from runtime.alignment.s3d_training import Sample
     from runtime.models import encode_prompt
 
-    encoded = {
-        prompt.prompt_id: encode_prompt(policy.tokenizer, prompt.messages, config.prompt_format)
-        for prompt in prompts_of(prompts)
-    }
+    asked = {prompt.prompt_id: prompt for prompt in prompts_of(prompts)}
+    encoded: dict[str, list[int]] = {}  # only of those that were answered: others may not be encodable
     n_vocabulary = int(policy.model.config.vocab_size)
     found = []
     for row in rows_of(candidates):
@@ -110,7 +108,10 @@ def samples_of(candidates: pa.Table, prompts: pa.Table, policy: "LoadedModel", c
             continue
         if min(ids) < 0 or max(ids) >= n_vocabulary:
             raise ConfigError(f"{config.candidates} has token {max(ids)}, the policy {n_vocabulary} tokens; check both")
-        prompt = encoded[str(row["prompt_id"])]
+        prompt_id = str(row["prompt_id"])
+        if prompt_id not in encoded:
+            encoded[prompt_id] = encode_prompt(policy.tokenizer, asked[prompt_id].messages, config.prompt_format)
+        prompt = encoded[prompt_id]
         found.append(Sample((*prompt, *ids), len(prompt)))
     return found
 

@@ -13,6 +13,7 @@ PROMISES: Mapping[str, tuple[float, float]] = {
     "best_of_64": (0.90, 1.0),
     "reward_pair_accuracy": (0.90, 1.0),
     "partial_pearson": (0.40, 1.0),
+    "s3d_tokens_per_round": (2.2, 5.0),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from runtime.starter.problems import draw_question
-from runtime.starter.s3d import build_adapter
+from runtime.starter.s3d_recipe import build_adapter
 from runtime.starter.tokenizer import build_tokenizer
 from runtime.starter.training import Report, StarterSettings, train_policy, train_reward
 

@@ -17,6 +17,7 @@ from runtime.records import Candidate, Message, Progress, Prompt
 from runtime.rewards.classifier import ClassifierReward
 from runtime.starter.problems import Question, draw_question
 from runtime.starter.rule import truth
+from runtime.starter.s3d_recipe import acceptance_figures
 from runtime.starter.training import StarterSettings, draw_answer
 
 MAX_ROWS = 256
@@ -36,7 +37,8 @@ def check(folder: Path, settings: CheckSettings, on_progress: Progress | None = 
     """Figures on fresh held-out prompts; a right answer has the right number in the style its group wants.
 
     pass@1 and best-of-N by the true rule, share of (right, wrong) pairs that the reward model ranks correctly, and
-    Pearson correlation between its score of an answer cut at a third of the median length and of the finished answer.
+    Pearson correlation between its score of an answer cut at a third of the median length and of the finished answer;
+    tokens per round of S3D (E) with its adapter.
     """
     rng = random.Random(f"check {settings.seed}")
     questions = [draw_question(rng, held_out=True) for _ in range(settings.n_prompts)]
@@ -50,6 +52,7 @@ def check(folder: Path, settings: CheckSettings, on_progress: Progress | None = 
         _truth_figures(prompts, answers)
         | {"reward_pair_accuracy": _pair_accuracy(reward, settings, rng)}
         | _partial_figures(prompts, answers, reward, policy.tokenizer.decode)
+        | acceptance_figures(folder, settings.seed)
     )
 
 

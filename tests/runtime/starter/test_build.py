@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.decoding.s3d.adapter import load_adapter
 from runtime.models import load_classifier, load_policy
-from runtime.starter import path, prompts_path
+from runtime.starter import path, prompts_path, s3d_path
 from runtime.starter.build import build
 from runtime.starter.check import CheckSettings, check
 from runtime.starter.problems import AUDIENCES, GROUPS, MAX_TOTAL, draw_question, write_answer
@@ -66,13 +67,22 @@ def test_the_same_seed_builds_the_same_bytes(miniature: Path, tmp_path: Path) ->
         "policy/tokenizer.json",
         "policy/model.safetensors",
         "reward/model.safetensors",
+        "s3d/s3d.safetensors",
+        "s3d/s3d.json",
     ):
         assert (tmp_path / name).read_bytes() == (miniature / name).read_bytes(), name
 
 
 def test_the_check_reports_every_promised_figure(miniature: Path) -> None:
     figures = check(miniature, CheckSettings(n_prompts=4, n_samples=2, n_pairs=8))
-    for name in ("pass_at_1", "best_of_2", "reward_pair_accuracy", "partial_pearson", "median_tokens"):
+    for name in (
+        "pass_at_1",
+        "best_of_2",
+        "reward_pair_accuracy",
+        "partial_pearson",
+        "median_tokens",
+        "s3d_tokens_per_round",
+    ):
         assert name in figures
 
 
@@ -84,5 +94,8 @@ def test_the_shipped_starter_is_small_safe_and_of_the_promised_shape() -> None:
     assert config.hidden_act == "relu"
     assert config.num_hidden_layers >= 8
     assert config.num_key_value_heads < config.num_attention_heads
+    adapter = load_adapter(s3d_path(), load_policy(str(path("policy"))))
+    assert (adapter.config.n_first, adapter.config.n_last, adapter.config.k) == (1, 1, 4)
+    assert (s3d_path() / "s3d.safetensors").stat().st_size <= 2 * 2**20
     shares = [json.loads(line)["group"] for line in prompts_path().read_text().splitlines()]
     assert shares.count("child") > 3 * shares.count("auditor") > 0

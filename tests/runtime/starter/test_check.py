@@ -15,3 +15,4 @@ def test_the_shipped_starter_is_imperfect_improvable_and_its_scores_mean_somethi
     assert figures["reward_pair_accuracy"] >= 0.90
     assert figures["partial_pearson"] >= 0.40
     assert figures["share_of_20_to_120_tokens"] >= 0.90
+    assert figures["s3d_tokens_per_round"] >= 2.2

@@ -6,9 +6,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.alignment.s3d_acceptance import draft_share, measure
 from runtime.alignment.s3d_training import S3DTraining, Sample, train_s3d
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
+from runtime.decoding.s3d.adapter import load_adapter
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.records import Message, Prompt
@@ -17,6 +19,7 @@ from runtime.starter.training import StarterSettings
 
 N_ANSWERS = 4  # per problem
 MAX_ROWS = 128
+N_MEASURED = 50  # problems
 
 
 def build_adapter(folder: Path, settings: StarterSettings, report: Callable[[str, int, float], None]) -> None:
@@ -25,6 +28,21 @@ def build_adapter(folder: Path, settings: StarterSettings, report: Callable[[str
     samples = draw_samples(policy, settings.s3d_prompts, held_out=False, seed=settings.seed)
     adapter = train_s3d(policy, samples, training(settings), lambda done, _: report("s3d", done, 0.0))
     adapter.save(folder / "s3d")
+
+
+def acceptance_figures(folder: Path, seed: int) -> dict[str, float]:
+    """Tokens per round of the adapter in `folder`/s3d at temperature 1 on answers to fresh held-out problems."""
+    policy = load_policy(str(folder / "policy"))
+    adapter = load_adapter(folder / "s3d", policy)
+    settings = S3DTraining(k=adapter.config.k, seed=seed)
+    found = measure(policy, adapter, draw_samples(policy, N_MEASURED, held_out=True, seed=seed), settings)
+    return {
+        "s3d_tokens_per_round": found.coupled.emitted[-1],
+        "s3d_tokens_per_round_classic": found.classic.emitted[-1],
+        "s3d_draft_share": draft_share(policy.model, adapter),
+        **{f"s3d_overlap_{offset}": share for offset, share in enumerate(found.overlap, start=1)},
+        **{f"s3d_rate_{offset}": share for offset, share in enumerate(found.coupled.rates, start=1)},
+    }
 
 
 def training(settings: StarterSettings) -> S3DTraining:
