@@ -14,7 +14,7 @@ from runtime.decoding.adaptive import AdaptiveCuts, Fit
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutPolicy, CutSchedule, MemoryCuts
 from runtime.decoding.s3d import rounds
-from runtime.decoding.s3d.adapter import S3DAdapter
+from runtime.decoding.s3d.adapter import S3DAdapter, load_adapter
 from runtime.decoding.s3d.rounds import S3DDecoding
 from runtime.decoding.s3d.verify import Block, Drafts, RuleName
 from runtime.decoding.sampling import SamplingConfig
@@ -24,7 +24,7 @@ from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.randomness import row_key
 from runtime.records import Candidate, Message, Prompt
 from runtime.rewards.classifier import ClassifierReward
-from runtime.starter import path
+from runtime.starter import path, s3d_path
 
 Key = tuple[str, int]
 Decode = Callable[..., dict[Key, Candidate]]
@@ -234,6 +234,26 @@ def test_the_starter_draws_the_same_with_its_own_drafts(decode: Decode) -> None:
         plain = decode(asked, policy=policy, n=4, **settings)
         for n_first, n_last, k in ((7, 1, 2), (2, 2, 4), (3, 3, 6), (1, 0, 3)):
             assert decode(asked, policy=policy, n=4, s3d=skip(policy, k, n_first, n_last), **settings) == plain
+
+
+def test_the_shipped_adapter_changes_no_candidate_and_is_accepted(
+    decode: Decode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(str(path("policy")), "float64")
+    adapter, accepted = load_adapter(s3d_path(), policy), []
+    original = rounds.verify
+
+    def verify(*args: Any) -> Any:
+        accepted.extend(original(*args).accepted.tolist())
+        return original(*args)
+
+    monkeypatch.setattr(rounds, "verify", verify)
+    asked = [Prompt(text, (Message("user", text),), "g") for text in ("What is 3 plus 4?", "1 + 2", "Add 30 and 12.")]
+    for settings in ({"temperature": 0}, {}, {"repetition_penalty": 1.1, "top_p": 0.95}):
+        plain = decode(asked, policy=policy, n=4, **settings)
+        for k in (1, 4):
+            assert decode(asked, policy=policy, n=4, s3d=S3DDecoding(adapter, k), **settings) == plain
+    assert sum(accepted) > len(accepted)
 
 
 @pytest.mark.shared
