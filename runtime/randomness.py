@@ -36,13 +36,17 @@ def gumbel(keys: Tensor, position: Tensor, token_ids: Tensor | int) -> Tensor:
     keys and position are int64 of shape (rows,). token_ids is int64 of shape (rows, k), or a vocabulary size, which
     means every id below it. argmax(logits + noise) then samples from softmax(logits).
     """
+    # Large noise comes from small uniform numbers, where float32 is dense: the tail stays exact for rare tokens.
+    return uniform(keys, position, token_ids).neg_().log1p_().neg_().log_().neg_()
+
+
+def uniform(keys: Tensor, position: Tensor, token_ids: Tensor | int) -> Tensor:
+    """Numbers between 0 and 1, both excluded, float32 of shape (rows, k); see gumbel."""
     vocabulary = torch.arange(token_ids, device=keys.device)[None] if isinstance(token_ids, int) else token_ids
     per_row = _mix(keys + _mix((position + 1) * _GOLDEN))[:, None]  # (rows, 1)
     bits = _mix(per_row + _mix((vocabulary + 1) * _GOLDEN))  # (rows, k)
     bits.bitwise_right_shift_(64 - _BITS).bitwise_and_((1 << _BITS) - 1)
-    # Large noise comes from small `uniform`, where float32 is dense: the tail stays exact for rare tokens.
-    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-_BITS).clamp_(max=1 - 2.0**-24)
-    return uniform.neg_().log1p_().neg_().log_().neg_()
+    return bits.to(torch.float32).add_(0.5).mul_(2.0**-_BITS).clamp_(max=1 - 2.0**-24)
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def answer(step: Step, lake_root: str) -> int:
     tokens = [n for n in config.tokens if n < generate.max_new_tokens]
     # Cuts that keep everyone only score everyone.
     cuts = CutSchedule(tuple(tokens), (1.0,) * len(tokens))
-    engine = open_engine(generate, path, cuts, open_reward(generate, lake))
+    engine = open_engine(generate, path, cuts, open_reward(generate, lake), lake)
     answers = list(engine.generate(prompts, progress(f"{step.name} answers")))
     table = candidates_table(prompts, answers, model_label(generate.model, path), generate.seed)
     writer.write(SHARD, scored_table(table, rows, generate, lake))

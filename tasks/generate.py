@@ -14,6 +14,7 @@ from storage.lake import DatasetRef, Lake
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.calibration import read_calibration
+from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
@@ -36,6 +37,8 @@ def prepare(config: GenerateConfig, lake: Lake) -> Step:
     models = {"model": model_identity(config.model, "policy", lake)}
     if config.cut_policy != "none":
         models["reward"] = reward_identity(config, lake)
+    if config.s3d != "off":
+        models["s3d_adapter"] = adapter_identity(config, lake)
     inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
     if config.cut_policy in CALIBRATED:
         inputs["calibration"] = pin(lake, config.calibration, f"candidates/{config.name}-calibration")
@@ -66,7 +69,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
     prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
     path = model_path(config.model, "policy", lake)
     reward = None if config.cut_policy == "none" else open_reward(config, lake)
-    engine = open_engine(config, path, cut_policy(config, lake), reward)
+    engine = open_engine(config, path, cut_policy(config, lake), reward, lake)
     answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
     table = candidates_table(prompts, answers, model_label(config.model, path), config.seed)
     writer.write(shard, table)
@@ -106,7 +109,7 @@ def cut_policy(config: GenerateConfig, lake: Lake) -> "CutPolicy":
 
 
 def open_engine(
-    config: GenerateConfig, path: str, cuts: "CutPolicy", reward: "Reward | None"
+    config: GenerateConfig, path: str, cuts: "CutPolicy", reward: "Reward | None", lake: Lake
 ) -> "Engine | ServerEngine":
     """What decodes with the policy in `path`: the engine here, or a server that serves the same policy."""
     from runtime.decoding.engine import Engine
@@ -137,7 +140,8 @@ def open_engine(
         return ServerEngine(server, load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
     policy = load_policy_model(path, config.dtype, config.device)
     budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
-    return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget)
+    s3d = open_s3d(config, policy, lake)
+    return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget, s3d=s3d)
 
 
 def _fields(pairs: list[str]) -> dict[str, object]:

@@ -201,6 +201,16 @@ class GenerateConfig(RewardConfig):
     server_extra: list[str] = Field(
         [], title="Further fields", description="Sent with every request: key=JSON, such as top_k=50 (server)"
     )
+    s3d: str = Field(
+        "off",
+        title="S3D",
+        description="Self-speculative decoding, which changes no candidate: off; auto: draft as many tokens as pay; "
+        "or a number of tokens to draft always",
+        pattern=r"^(off|auto|[0-9]|1[0-6])$",
+    )
+    s3d_adapter: str = Field(
+        STARTER, title="S3D adapter", description="Folder, models/NAME or starter, made for the policy (s3d)"
+    )
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 
     @model_validator(mode="after")
@@ -212,6 +222,8 @@ class GenerateConfig(RewardConfig):
         for field in self.server_extra:
             if not re.fullmatch(r"\w+=.+", field, re.DOTALL):
                 raise ValueError(f'server_extra has "{field}": write key=JSON, such as top_k=50')
+        if self.server and self.s3d != "off":
+            raise ValueError(f's3d = "{self.s3d}" drafts with the policy\'s own layers; use "off" with a server')
         if self.server and self.cut_policy == "memory":
             raise ValueError('cut_policy = "memory" needs the keys and values here; use "schedule" with a server')
         if self.cut_policy == "memory" and self.kv_budget_mb is None:

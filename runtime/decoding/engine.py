@@ -1,23 +1,25 @@
 """The decoding loop: prefill a prompt once, step all live rows together, let finished and cut rows leave at once.
 
-The loop owns no policy: memory is the arena's, order the scheduler's, choice of tokens the sampler's, cuts are
-`rejection`'s. With counter-based noise a candidate's text is the same for any max_rows, order and cut schedule.
+The loop owns no policy: memory is the arena's, order the scheduler's, choice of tokens the sampler's, how many of them
+at once is for the steps to say, cuts are `rejection`'s. With counter-based noise a candidate's text is the same for
+any max_rows, order, steps and cut schedule.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from runtime.decoding.budget import Costs, ElasticCosts
 from runtime.decoding.rejection import CutPolicy, MemoryCuts
 from runtime.decoding.rows import RowTable
-from runtime.decoding.sampling import SamplingConfig, penalise, sample
+from runtime.decoding.s3d.rounds import S3DDecoding, S3DRounds
+from runtime.decoding.sampling import SamplingConfig
 from runtime.decoding.scheduler import Job, Scheduler
+from runtime.decoding.steps import PlainSteps, State, Steps
 from runtime.errors import ConfigError, InputError, ModelError, PromptTooLong
 from runtime.kv.arena import Arena, ArenaSize, KVShape
 from runtime.kv.attention import install, logits_of, run
-from runtime.kv.passes import PrefillPass, RowsPass
+from runtime.kv.passes import PrefillPass
 from runtime.models import LoadedModel, PromptFormat, encode_prompt, stop_ids
 from runtime.records import Candidate, FinishReason, Progress, Prompt
 from runtime.rewards.protocol import RescoringSession, Reward, RewardSession
@@ -36,11 +38,14 @@ class Engine:
         prompt_format: PromptFormat = "chat",
         kv_budget: int | None = None,
         settle_every: int | None = None,
+        s3d: S3DDecoding | None = None,
     ) -> None:
         """kv_budget: bytes that the keys and values of policy and reward may take together; None: no bound.
 
         settle_every: steps after which finished rows leave at the latest. Asking a GPU who has finished makes it wait,
         so it is asked seldom; what was decoded behind an end is dropped. None: 1 on a CPU, 8 on a GPU.
+
+        s3d: drafts several tokens at once. It changes no text, only how fast it comes.
         """
         if isinstance(cuts, MemoryCuts) and kv_budget is None:
             raise ConfigError("cuts when memory is full need a kv_budget; set one or use a schedule")
@@ -51,7 +56,8 @@ class Engine:
         install(policy.model)
         self.policy, self.sampling, self.cuts = policy, sampling, cuts
         self.reward, self.max_rows, self.prompt_format, self.kv_budget = reward, max_rows, prompt_format, kv_budget
-        self.settle_every = settle_every or (1 if policy.model.device.type == "cpu" else 8)
+        plain = PlainSteps(settle_every or (1 if policy.model.device.type == "cpu" else 8))
+        self.steps: Steps = plain if s3d is None else S3DRounds(policy, s3d, plain)
         n_vocabulary = int(policy.model.config.vocab_size)
         self.is_stop = torch.zeros(n_vocabulary, dtype=torch.bool, device=policy.model.device)
         self.is_stop[[token for token in stop_ids(policy) if token < n_vocabulary]] = True
@@ -115,42 +121,41 @@ class _Run:
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], size: ArenaSize) -> None:
         model = engine.policy.model
-        self.engine, self.sampling, self.model = engine, engine.sampling, model
+        self.engine, self.sampling, self.model, self.steps = engine, engine.sampling, model, engine.steps
         self.n_jobs = len(jobs)
         self.scheduler = Scheduler(jobs)
         self.arena = Arena(KVShape.of(model), size, model.dtype, model.device)
         n_seen = int(model.config.vocab_size) if self.sampling.repetition_penalty != 1 else 0
-        self.rows = RowTable(size.n_rows, self.sampling.max_new_tokens, n_seen, model.device)
+        n_places = self.sampling.max_new_tokens + self.steps.n_spare
+        self.rows = RowTable(size.n_rows, n_places, n_seen, model.device)
+        self.state = State(model, self.sampling, self.arena, self.rows)
 
     def results(self, on_progress: Progress | None) -> Iterator[list[Candidate]]:
         """The loop."""
         yield from self.scheduler.results()
         while self.scheduler.has_work:
             jobs = self.scheduler.start_next(self.arena.n_free_rows, self.arena.n_free_prompts)
-            n_steps = 1
-            if jobs:
-                self._prefill(jobs)
-            else:
-                n_steps = self._steps_to_settle()
-                for _ in range(n_steps):
-                    self._step()
-            if self._settle(n_steps) and on_progress is not None:
+            n_most = self._prefill(jobs) if jobs else self.steps.advance(self.state, self._rooms())
+            if self._settle(n_most) and on_progress is not None:
                 on_progress(self.n_jobs - self.scheduler.n_unfinished, self.n_jobs)
             yield from self.scheduler.results()
 
-    def _steps_to_settle(self) -> int:
-        """Steps until somebody is cut or at full length, or until it is time to look who has finished."""
-        if self.sampling.stop or self.engine.cuts_when_full:
-            return 1
-        steps = self.engine.settle_every
-        for job in self.scheduler.running:
-            cut = job.cuts.next_tokens
-            ends = [self.sampling.max_new_tokens, *([cut] if cut is not None and cut > job.n_tokens else [])]
-            steps = min(steps, min(ends) - job.n_tokens)
-        return steps
+    def _rooms(self) -> list[int]:
+        """How many tokens each row may go on until it is at full length or its prompt may have to be cut.
+
+        Cuts compare answers of equal length: whoever comes first waits for the others.
+        """
+        bounds = {job: self._bound(job) for job in self.scheduler.running}
+        return [bounds[owner.job] - n for owner, n in zip(self.rows.owners, self.rows.lengths, strict=True)]
+
+    def _bound(self, job: Job) -> int:
+        most, cut = self.sampling.max_new_tokens, job.cuts.next_tokens
+        if self.engine.cuts_when_full:
+            return min(most, self.arena.full_at(self.arena.n_rows, job.n_tokens))
+        return most if cut is None or cut <= job.n_tokens else min(most, cut)
 
     @torch.inference_mode()
-    def _prefill(self, jobs: Sequence[Job]) -> None:
+    def _prefill(self, jobs: Sequence[Job]) -> int:
         """Run each prompt through the model once and sample the first token of each of its candidates."""
         device = self.model.device
         first_row, first_prompt = self.arena.n_rows, self.arena.n_prompts
@@ -158,7 +163,6 @@ class _Run:
             self.rows.add(job, self.arena.add(len(job.prompt_ids), len(job.wave)), self.sampling.seed)
             if self.engine.reward is not None and job.cuts.policy.is_cutting:
                 job.session = self.engine.open_session(job)
-            job.n_tokens = 1
         lengths = torch.tensor([len(job.prompt_ids) for job in jobs], device=device)
         padded = [torch.tensor(job.prompt_ids, device=device) for job in jobs]
         token_ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
@@ -168,47 +172,21 @@ class _Run:
         last = hidden[torch.arange(len(jobs), device=device), lengths - 1]
         n_rows = torch.tensor([len(job.wave) for job in jobs], device=device)
         logits = logits_of(self.model, last).repeat_interleave(n_rows, dim=0)
-        self._sample(slice(first_row, self.arena.n_rows), logits)
+        self.state.sample(slice(first_row, self.arena.n_rows), logits)
+        return 1
 
     @torch.inference_mode()
-    def _step(self) -> None:
-        """One more token for every live row."""
-        live = slice(0, self.arena.n_rows)
-        step = RowsPass(self.arena, 1, self._n_longest)
-        hidden = run(self.model, self.rows.last[live, None], step.positions, step)
-        self.arena.row_tokens[live] += 1
-        for job in self.scheduler.running:
-            job.n_tokens += 1
-        self._sample(live, logits_of(self.model, hidden[:, 0]))
-
-    @property
-    def _n_longest(self) -> int:
-        """Tokens that the longest live row has sampled."""
-        return max(job.n_tokens for job in self.scheduler.running)
-
-    def _sample(self, rows: slice, logits: Tensor) -> None:
-        if self.sampling.repetition_penalty != 1:
-            logits = penalise(logits, self.rows.seen[rows], self.sampling.repetition_penalty)
-        tokens = sample(logits, self.rows.keys[rows], self.rows.n_sampled[rows], self.sampling)
-        self.rows.append(rows, tokens)
-
-    @torch.inference_mode()
-    def _settle(self, n_steps: int) -> bool:
-        """Let rows leave that finished in the last `n_steps` steps or are cut. True when a prompt became complete."""
+    def _settle(self, n_most: int) -> bool:
+        """Let rows leave that finished in their newest tokens, `n_most` at most, or are cut. True when a prompt became
+        complete."""
         n_live = self.arena.n_rows
-        newest = self.rows.newest(n_live, n_steps)
-        # How many of the newest tokens come after the first end; -1 where none is. One question to the device.
-        ends = self.engine.is_stop[newest].long()
-        n_behind = torch.where(ends.any(1), n_steps - 1 - ends.argmax(1), -1)
-        is_full = self.rows.n_sampled[:n_live] >= self.sampling.max_new_tokens
-        is_broken = (newest < 0).any(1)
-        behind, full, broken = torch.stack((n_behind, is_full, is_broken)).tolist()
-        if any(broken):
-            raise ModelError(f"the policy computes logits that are not finite in {self.model.dtype}; use float32")
-        self.rows.n_sampled[:n_live] -= n_behind.clamp(min=0)
-        leaving: dict[int, FinishReason] = {row: "length" for row in range(n_live) if full[row]}
-        leaving |= dict.fromkeys(self._at_stop_string(n_live), "stop")
-        leaving |= {row: "eos" for row in range(n_live) if behind[row] >= 0}
+        leaving = self._finished(n_live, n_most)
+        least: dict[Job, int] = {}
+        for row, (owner, n_tokens) in enumerate(zip(self.rows.owners, self.rows.lengths, strict=True)):
+            if row not in leaving:
+                least[owner.job] = min(n_tokens, least.get(owner.job, n_tokens))
+        for job, n_tokens in least.items():
+            job.n_tokens = n_tokens
         for row, reason in leaving.items():
             self._close(row, reason)
         gone = set(leaving)
@@ -217,7 +195,7 @@ class _Run:
                 gone |= self._cut(job, gone)
         if not gone:
             return False
-        self.rows.apply(self.arena.release(gone, self._n_longest))
+        self.rows.apply(self.arena.release(gone, max(self.rows.lengths)))
         self.rows.shrink(self.arena.n_rows)
         paused = self.scheduler.between_waves()
         for job in paused:
@@ -231,15 +209,46 @@ class _Run:
             return n_live > self.arena.n_rows_with(job.n_tokens)
         return job.n_tokens == job.cuts.next_tokens
 
-    def _at_stop_string(self, n_live: int) -> list[int]:
-        """Rows whose text holds a stop string now; only their last tokens are looked at."""
+    def _finished(self, n_live: int, n_most: int) -> dict[int, FinishReason]:
+        """Rows that finished in their newest tokens; what they sampled behind their end is dropped."""
+        newest, is_new = self.rows.newest(n_live, n_most)
+        ends = self.engine.is_stop[newest] & is_new
+        n_before = self.rows.n_settled[:n_live] + ends.long().argmax(1) + 1
+        n_sampled = torch.where(ends.any(1), n_before, self.rows.n_sampled[:n_live])
+        is_broken = ((newest < 0) & is_new).any(1)
+        # One question to the device.
+        lengths, has_end, broken = torch.stack((n_sampled, ends.any(1), is_broken)).tolist()
+        if any(broken):
+            raise ModelError(f"the policy computes logits that are not finite in {self.model.dtype}; use float32")
+        stops = self._at_stop_string(lengths)
+        leaving: dict[int, FinishReason] = {
+            row: "length" for row in range(n_live) if lengths[row] == self.sampling.max_new_tokens
+        }
+        leaving |= {row: "eos" for row in range(n_live) if has_end[row]}
+        for row, n_tokens in stops.items():
+            if not has_end[row] or n_tokens < lengths[row]:
+                leaving[row], lengths[row] = "stop", n_tokens
+        self.rows.settle(lengths)
+        return leaving
+
+    def _at_stop_string(self, lengths: list[int]) -> dict[int, int]:
+        """Rows whose text holds a stop string behind one of their newest tokens, and their tokens by then."""
         if not self.sampling.stop:
-            return []
+            return {}
         # Every character has at most four bytes, and so at most four tokens.
         n_tail = 4 * max(map(len, self.sampling.stop))
-        tails = [self.rows.sampled(row)[-n_tail:] for row in range(n_live)]
-        texts = self._decode(tails)
-        return [row for row, text in enumerate(texts) if any(stop in text for stop in self.sampling.stop)]
+        ids: list[list[int]] = self.rows.tokens[: len(lengths)].tolist()
+        places = [
+            (row, n)
+            for row, (old, new) in enumerate(zip(self.rows.lengths, lengths, strict=True))
+            for n in range(old + 1, new + 1)
+        ]
+        texts = self._decode([ids[row][max(0, n - n_tail) : n] for row, n in places])
+        found: dict[int, int] = {}
+        for (row, n), text in zip(places, texts, strict=True):
+            if any(stop in text for stop in self.sampling.stop):
+                found.setdefault(row, n)
+        return found
 
     def _cut(self, job: Job, leaving: set[int]) -> set[int]:
         """Apply the next cut of `job`; the rows that leave. `leaving` are those that finished in this step."""

@@ -67,6 +67,17 @@ def sample(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfi
     return _checked(token_ids.gather(-1, choice).squeeze(-1), best)
 
 
+def log_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """Log of the law of `sample`, (rows, vocabulary); temperature 0 has none."""
+    if config.top_k == 0 and config.top_p == 1:
+        scaled = _scaled(logits, config)
+        return _above_min_p(scaled, scaled.amax(dim=-1, keepdim=True), config).log_softmax(dim=-1)
+    support, token_ids = _truncate(logits, config)
+    support = _above_min_p(support, support[:, :1], config)
+    everything = torch.full(logits.shape, -torch.inf, dtype=support.dtype, device=logits.device)
+    return everything.scatter_(-1, token_ids, support).log_softmax(dim=-1)
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Repetition penalty of arXiv 1909.05858, section 4.1: logits of seen tokens divided, negative ones multiplied."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

@@ -21,7 +21,7 @@ class Job:
     candidates: list[Candidate | None]
     wave: range  # the candidates that are drawn now
     session: RewardSession | None = None
-    n_tokens: int = 0  # sampled so far by each of its running rows
+    n_tokens: int = 0  # sampled so far by the slowest of its running rows
     n_reported: dict[int, int] = field(default_factory=dict)  # tokens the session has, per candidate
 
     @classmethod

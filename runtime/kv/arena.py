@@ -138,6 +138,14 @@ class Arena:
         """How many rows there is room for when each holds up to `n_tokens` tokens."""
         return min(self.size.n_rows, self.size.n_row_tokens // self._slots_for(n_tokens))
 
+    def full_at(self, n_rows: int, n_tokens: int) -> int:
+        """How many tokens above `n_tokens` are too many for `n_rows` rows."""
+        while n_tokens < self.size.row_slots:
+            n_tokens = self._slots_for(n_tokens)
+            if n_rows > self.n_rows_with(n_tokens):
+                break
+        return n_tokens
+
     def _slots_for(self, n_tokens: int) -> int:
         return min(-(-(n_tokens + 1) // SLOT_STEP) * SLOT_STEP, self.size.row_slots)
 
@@ -200,10 +208,11 @@ class Arena:
         self.n_prompts = len(set(self.owners))
         del self.prompt_lengths[self.n_prompts :]
 
-    def layout(self, rows: slice) -> "Layout":
+    def layout(self, rows: slice | list[int]) -> "Layout":
         """Which of the rows belong to which prompt, as indices; for all rows made anew only when some came or went."""
         if rows != slice(0, self.n_rows):
-            return Layout.of(self.owners[rows], self.prompt_lengths, self.prompts.device)
+            owners = self.owners[rows] if isinstance(rows, slice) else [self.owners[row] for row in rows]
+            return Layout.of(owners, self.prompt_lengths, self.prompts.device)
         if self._layout is None:
             self._layout = Layout.of(self.owners, self.prompt_lengths, self.prompts.device)
         return self._layout

@@ -23,6 +23,9 @@ class PrefillPass:
         return causal_attention(query, new, scores)
 
 
+Rows = slice | list[int]
+
+
 class RowsPass:
     """The next tokens of live rows, each at its own position: one to decode, some to score or to verify.
 
@@ -31,17 +34,23 @@ class RowsPass:
     """
 
     def __init__(
-        self, arena: Arena, n_new: int, n_longest: int, counts: Tensor | None = None, rows: slice | None = None
+        self, arena: Arena, n_new: int, n_longest: int, counts: Tensor | None = None, rows: Rows | None = None
     ) -> None:
         """Feed `n_new` tokens to each row; `n_longest` is at least what any row of the arena holds afterwards.
 
-        counts: (rows,), how many of the new tokens are real where rows differ; the rest is padding. rows: a range of
-        the live rows; None means all. The caller advances `arena.row_tokens` afterwards.
+        counts: (rows,), how many of the new tokens are real where rows differ; the rest is padding. rows: some of the
+        live rows, whose keys are copied unless they are a range; None means all. The caller advances
+        `arena.row_tokens` afterwards.
         """
         arena.fit(n_longest)
         self.arena, self.n_new = arena, n_new
         self.rows = slice(0, arena.n_rows) if rows is None else rows
         self.layout = arena.layout(self.rows)
+        device = arena.row_tokens.device
+        if isinstance(self.rows, slice):
+            self.places = torch.arange(self.rows.start, self.rows.stop, device=device)
+        else:
+            self.places = torch.tensor(self.rows, device=device)
         stored = arena.row_tokens[self.rows, None]
         ahead = torch.arange(n_new, device=stored.device)
         self.index = slots = stored + ahead  # (rows, new), place of each new token behind the prompt
@@ -97,7 +106,7 @@ class RowsPass:
     def _flat(self, slots: Tensor) -> Tensor:
         """Slots (rows, new) -> places of (row, kv head, new) among all slots of all rows and heads."""
         n_kv_heads, n_slots = self.arena.shape.n_kv_heads, self.arena.n_slots
-        rows = torch.arange(self.rows.start, self.rows.stop, device=slots.device)[:, None, None] * n_kv_heads
+        rows = self.places[:, None, None] * n_kv_heads
         heads = torch.arange(n_kv_heads, device=slots.device)[None, :, None]
         return ((rows + heads) * n_slots + slots[:, None]).flatten()
 

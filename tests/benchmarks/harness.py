@@ -34,23 +34,28 @@ def options(description: str | None, **extra: object) -> argparse.Namespace:
     return found
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds of one call."""
+def seconds(run: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, by the wall unless another clock is given."""
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     run()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def medians(arms: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def medians(
+    arms: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each arm, after one call of each that is not counted."""
     for run in arms.values():
         run()
     found: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repeats):
         for name, run in arms.items():
-            found[name].append(seconds(run, device))
+            found[name].append(seconds(run, device, clock))
     return {name: statistics.median(values) for name, values in found.items()}
 
 

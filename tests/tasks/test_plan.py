@@ -67,6 +67,8 @@ OTHERS: dict[str, object] = {
     "method": "sft",
     "lora": True,
     "truth": "none",
+    "s3d": "4",
+    "s3d_adapter": "elsewhere",
 }
 
 

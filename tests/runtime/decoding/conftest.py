@@ -7,6 +7,7 @@ import pytest
 
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutPolicy, CutSchedule
+from runtime.decoding.s3d.rounds import S3DDecoding
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel
 from runtime.records import Candidate, Prompt
@@ -68,10 +69,11 @@ def decode(tiny_policy: LoadedModel) -> Decode:
         max_rows: int = 16,
         policy: LoadedModel = tiny_policy,
         kv_budget: int | None = None,
+        s3d: S3DDecoding | None = None,
         **sampling: float,
     ) -> dict[Key, Candidate]:
         config = SamplingConfig(**{"n": 8, "max_new_tokens": 40, **sampling})  # type: ignore[arg-type]
-        engine = Engine(policy, config, cuts or CutSchedule(), reward, max_rows, kv_budget=kv_budget)
+        engine = Engine(policy, config, cuts or CutSchedule(), reward, max_rows, kv_budget=kv_budget, s3d=s3d)
         results = list(engine.generate(prompts))
         assert [found[0].prompt_id for found in results] == [prompt.prompt_id for prompt in prompts]
         assert all([c.candidate_index for c in found] == list(range(config.n)) for found in results)
