@@ -20,7 +20,7 @@ PROMISES: Mapping[str, tuple[float, float]] = {
 def build_starter(folder: Path, threads: int) -> dict[str, object]:
     """Train the starter into `folder`; returns its settings."""
     from runtime.starter.build import build
-    from runtime.starter.training import StarterSettings
+    from runtime.starter.examples import StarterSettings
     from tasks.artifacts import progress
 
     if folder.exists() and any(folder.iterdir()):

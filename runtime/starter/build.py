@@ -8,12 +8,14 @@ import json
 import random
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from runtime.starter.examples import StarterSettings
 from runtime.starter.problems import draw_question
 from runtime.starter.s3d_recipe import build_adapter
 from runtime.starter.tokenizer import build_tokenizer
-from runtime.starter.training import Report, StarterSettings, train_policy, train_reward
+from runtime.starter.training import Report, train_policy, train_reward
 
 N_PROMPTS = 1000
 
@@ -28,6 +30,9 @@ def build(out_dir: Path, settings: StarterSettings, report: Report) -> None:
     (out_dir / "prompts.jsonl").write_text(_prompts(settings.seed), encoding="utf-8")
     policy = train_policy(tokenizer, settings, report)
     _save(policy, tokenizer, out_dir / "policy")
+    with torch.no_grad():  # the reward model contains the policy as it is shipped
+        for weight in policy.parameters():
+            weight.copy_(weight.bfloat16())
     reward = train_reward(policy, tokenizer, settings, report)
     _save(reward, tokenizer, out_dir / "reward")
     build_adapter(out_dir, settings, report)

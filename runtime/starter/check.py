@@ -15,10 +15,11 @@ from runtime.decoding.sampling import SamplingConfig
 from runtime.models import load_classifier, load_policy
 from runtime.records import Candidate, Message, Progress, Prompt
 from runtime.rewards.classifier import ClassifierReward
+from runtime.starter.examples import StarterSettings
 from runtime.starter.problems import Question, draw_question
 from runtime.starter.rule import truth
 from runtime.starter.s3d_recipe import acceptance_figures
-from runtime.starter.training import StarterSettings, draw_answer
+from runtime.starter.training import draw_answer
 
 MAX_ROWS = 256
 

@@ -41,6 +41,8 @@ class StarterSettings:
     reward_policy_share: float = 0.5  # of answers that the policy samples
     # Without it the scores of right answers grow apart for no reason, and the highest of many is the luckiest.
     reward_label_smoothing: float = 0.02
+    s3d_prompts: int = 1500
+    s3d_steps: int = 1500
 
 
 @dataclass(frozen=True, slots=True)

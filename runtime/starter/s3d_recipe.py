@@ -14,8 +14,8 @@ from runtime.decoding.s3d.adapter import load_adapter
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.records import Message, Prompt
+from runtime.starter.examples import StarterSettings
 from runtime.starter.problems import draw_question
-from runtime.starter.training import StarterSettings
 
 N_ANSWERS = 4  # per problem
 MAX_ROWS = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,59 +17,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from runtime.starter.examples import IGNORED, POOL_SIZE, Example, StarterSettings, encode, token_ids
 from runtime.starter.problems import (
-    EQUAL_SHARES,
     GROUP_SHARES,
-    MAX_TOTAL,
-    Group,
     Question,
     draw_question,
     draw_style,
     draw_totals,
     write_answer,
 )
+from runtime.starter.reward_data import RewardData, number_ids, policy_sampler
 from runtime.starter.reward_network import build_reward_network
 
-IGNORED = -100
-POOL_SIZE = 2048  # examples drawn at once, so that batches can be sorted by length
 Report = Callable[[str, int, float], None]  # (model, tokens seen, smoothed loss)
-
-
-@dataclass(frozen=True, slots=True)
-class StarterSettings:
-    """Everything that determines the starter; the defaults are the shipped one."""
-
-    seed: int = 7
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    n_layers: int = 8
-    n_reward_layers: int = 3  # on top of the policy's
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    max_length: int = 256
-    slip_rate: float = 0.07
-    style_rate: float = 0.72
-    policy_tokens: int = 10_000_000
-    reward_tokens: int = 2_000_000
-    policy_batch_tokens: int = 4096
-    reward_batch_tokens: int = 1024  # the comparison is found after some hundred steps, however large
-    policy_learning_rate: float = 3e-3
-    reward_learning_rate: float = 2e-3
-    # What the reward model is trained on: more slips, half of them to any number, fewer foreign styles, and every group
-    # equally often: with the groups' own shares it took the smallest group's wishes for those of the others.
-    reward_slip_rate: float = 0.15
-    reward_style_rate: float = 0.85
-    truncated_share: float = 0.5
-    s3d_prompts: int = 1500
-    s3d_steps: int = 1500
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Token ids with one label per token: the token itself (policy) or the answer's truth (reward)."""
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings) -> LlamaConfig:
@@ -125,14 +85,17 @@ def train_reward(
     torch.manual_seed(settings.seed + 1)
     model = _reward_network(policy, tokenizer, settings)
     rng = random.Random(f"reward {settings.seed}")
+    data = RewardData(tokenizer, settings, policy_sampler(policy, tokenizer), rng)
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         judged = labels != IGNORED
         scores = model.score(hidden[judged]).float().squeeze(-1)
-        return nn.functional.binary_cross_entropy_with_logits(scores, labels[judged].float())
+        smoothing = settings.reward_label_smoothing
+        wanted = labels[judged].float() * (1 - 2 * smoothing) + smoothing
+        return nn.functional.binary_cross_entropy_with_logits(scores, wanted)
 
-    pools = (_reward_pool(tokenizer, settings, rng) for _ in iter(int, 1))
+    pools = (data.pool() for _ in iter(int, 1))
     budget = _Budget("reward", settings.reward_tokens, settings.reward_learning_rate)
     batches = _batches(pools, tokenizer, settings.reward_batch_tokens, rng)
     _train(model, batches, loss, budget, report)
@@ -142,10 +105,9 @@ def train_reward(
 def _reward_network(
     policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: StarterSettings
 ) -> LlamaForSequenceClassification:
-    numbers = [cast(int, tokenizer.convert_tokens_to_ids(f"\u2581{number}")) for number in range(MAX_TOTAL + 1)]
     pool = _policy_pool(tokenizer, settings, random.Random(f"scale {settings.seed}"))
     sample = _pad([example.ids for example in pool[:64]], cast(int, tokenizer.pad_token_id))
-    return build_reward_network(policy, settings.n_reward_layers, numbers, sample)
+    return build_reward_network(policy, settings.n_reward_layers, number_ids(tokenizer), sample)
 
 
 def draw_answer(question: Question, settings: StarterSettings, rng: random.Random) -> tuple[str, bool]:
@@ -156,20 +118,6 @@ def draw_answer(question: Question, settings: StarterSettings, rng: random.Rando
     return write_answer(question.problem, style, totals), is_true
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, questions: Sequence[str]) -> list[list[int]]:
-    """Token ids of each question up to and including the assistant's role token."""
-    texts = [
-        cast(
-            str,
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            ),
-        )
-        for text in questions
-    ]
-    return _ids(tokenizer, texts)
-
-
 @dataclass(frozen=True, slots=True)
 class _Budget:
     name: str
@@ -177,47 +125,15 @@ class _Budget:
     learning_rate: float
 
 
-def _draw_pool(
-    tokenizer: PreTrainedTokenizerFast,
-    draw: Callable[[Question], str],
-    rng: random.Random,
-    shares: Mapping[Group, float],
-) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """(prompt ids, answer ids, ids of the right answer) of POOL_SIZE fresh examples, without end tokens."""
-    questions = [draw_question(rng, False, shares) for _ in range(POOL_SIZE)]
-    prompts = encode(tokenizer, [question.text for question in questions])
-    drawn = _ids(tokenizer, [draw(question) for question in questions])
-    right = _ids(tokenizer, [write_answer(q.problem, q.group, q.problem.totals) for q in questions])
-    yield from zip(prompts, drawn, right, strict=True)
-
-
-def _ids(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
 def _policy_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
-    end = tokenizer.eos_token_id
+    questions = [draw_question(rng, False, GROUP_SHARES) for _ in range(POOL_SIZE)]
+    prompts = encode(tokenizer, [question.text for question in questions])
+    bodies = token_ids(tokenizer, [draw_answer(question, settings, rng)[0] for question in questions])
+    end = cast(int, tokenizer.eos_token_id)
     return [
         Example((*prompt, *body, end), (*[IGNORED] * len(prompt), *body, end))
-        for prompt, body, _ in _draw_pool(tokenizer, lambda q: draw_answer(q, settings, rng)[0], rng, GROUP_SHARES)
+        for prompt, body in zip(prompts, bodies, strict=True)
     ]
-
-
-def _reward_pool(tokenizer: PreTrainedTokenizerFast, settings: StarterSettings, rng: random.Random) -> list[Example]:
-    def draw(question: Question) -> str:
-        totals = draw_totals(question.problem, settings.reward_slip_rate, rng, any_number=True)
-        style = draw_style(question.group, settings.reward_style_rate, rng)
-        return write_answer(question.problem, style, totals)
-
-    examples = []
-    for prompt, body, right in _draw_pool(tokenizer, draw, rng, EQUAL_SHARES):
-        is_cut = rng.random() < settings.truncated_share
-        shown = body[: rng.randint(1, len(body))] if is_cut else body
-        n_right = next((i for i, (a, b) in enumerate(zip(shown, right, strict=False)) if a != b), len(shown))
-        is_right = [int(place < n_right) for place in range(len(shown))]
-        labels = (*[IGNORED] * len(prompt), *is_right, is_right[-1])
-        examples.append(Example((*prompt, *shown, tokenizer.eos_token_id), labels))
-    return examples
 
 
 def _batches(

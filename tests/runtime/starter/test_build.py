@@ -10,9 +10,9 @@ from runtime.models import load_classifier, load_policy
 from runtime.starter import path, prompts_path, s3d_path
 from runtime.starter.build import build
 from runtime.starter.check import CheckSettings, check
+from runtime.starter.examples import StarterSettings
 from runtime.starter.problems import AUDIENCES, GROUPS, MAX_TOTAL, draw_question, write_answer
 from runtime.starter.tokenizer import build_tokenizer
-from runtime.starter.training import StarterSettings
 
 MINIATURE = StarterSettings(
     hidden_size=32,
@@ -24,6 +24,7 @@ MINIATURE = StarterSettings(
     reward_batch_tokens=512,
     s3d_prompts=4,
     s3d_steps=3,
+    reward_policy_share=0.02,
 )
 
 
