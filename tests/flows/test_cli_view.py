@@ -11,7 +11,7 @@ import pytest
 
 from flows.cli import main
 from storage.lake import Lake
-from tests.storage.rows import candidate, preference, publish
+from tests.storage.rows import candidate, dialogue, publish
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     lake = Lake.open(str(tmp_path_factory.mktemp("view") / "lake"))
-    publish(lake, "preferences", [preference("p0"), preference("p1", "clerk")])
+    publish(lake, "preferences", [dialogue("p0"), dialogue("p1", "clerk")])
     publish(lake, "candidates", [candidate("p0", i, float(i)) for i in range(3)])
     return lake
 
