@@ -23,6 +23,7 @@ COMMANDS = (
     "run",
     *STAGES,
     "calibrate",
+    "adapt",
     "import",
     "plan",
     "query",
