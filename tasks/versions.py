@@ -19,7 +19,7 @@ STAGE_VERSIONS = {
     "ingest": 1,
     "import": 1,
     "generate": 2,
-    "calibrate": 1,
+    "calibrate": 2,
     "adapt": 1,
     "score": 1,
     "assemble": 2,
