@@ -14,7 +14,7 @@ def adapt(config: AdaptConfig, lake: str) -> DatasetRef:
 
     Args:
         config: which policy, on what answers, and how
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     return published(step, lake) or steps.adapt(step, lake)

@@ -14,7 +14,7 @@ def assemble(config: AssembleConfig, lake: str) -> DatasetRef:
 
     Args:
         config: strategy, margin and quota
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     return published(step, lake) or steps.assemble(step, lake)

@@ -14,7 +14,7 @@ def calibrate(config: CalibrateConfig, lake: str) -> DatasetRef:
 
     Args:
         config: the decoding to calibrate, and on how many prompts
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     found = published(step, lake)

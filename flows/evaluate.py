@@ -14,7 +14,7 @@ def evaluate(config: EvaluateConfig, lake: str) -> DatasetRef:
 
     Args:
         config: the two models, the truth rule and the reward
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     found = published(step, lake)

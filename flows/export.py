@@ -14,7 +14,7 @@ def export(config: ExportConfig, lake: str) -> DatasetRef:
 
     Args:
         config: which model, in which format
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     return published(step, lake) or steps.export(step, lake)

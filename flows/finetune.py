@@ -14,7 +14,7 @@ def finetune(config: FinetuneConfig, lake: str) -> DatasetRef:
 
     Args:
         config: method and training settings
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     return published(step, lake) or steps.finetune(step, lake)

@@ -14,7 +14,7 @@ def generate(config: GenerateConfig, lake: str) -> DatasetRef:
 
     Args:
         config: the policy, its sampling and the cuts
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     found = published(step, lake)

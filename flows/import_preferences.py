@@ -14,7 +14,7 @@ def import_preferences(config: ImportConfig, lake: str) -> DatasetRef:
 
     Args:
         config: where the pairs are, how their rows are laid out, and how they are split
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config)
     return published(step, lake) or steps.import_preferences(step, lake)

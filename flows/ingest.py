@@ -14,7 +14,7 @@ def ingest(config: IngestConfig, lake: str) -> DatasetRef:
 
     Args:
         config: where prompts come from and which group each belongs to
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config)
     return published(step, lake) or steps.ingest(step, lake)

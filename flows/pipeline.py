@@ -20,7 +20,7 @@ def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
 
     Args:
         config: all stages
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     check_connections(config)
     prompts = ingest(config.stage(config.ingest), lake)

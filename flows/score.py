@@ -14,7 +14,7 @@ def score(config: ScoreConfig, lake: str) -> DatasetRef:
 
     Args:
         config: the reward and what it runs on
-        lake: folder of the lake
+        lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
     found = published(step, lake)
