@@ -16,7 +16,7 @@ from runtime.decoding.rejection import keep_count, rank
 from runtime.errors import InputError
 
 KEEPS = (0.5, 0.25, 0.1)  # fractions for which the winner's survival is reported
-GRID_KEEPS = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.7)  # fractions that a proposed schedule may have
+GRID_KEEPS = (0.1, 0.15, 0.25, 0.35, 0.5, 0.7)  # fractions that a proposed schedule may have
 MAX_CUTS = 3
 MIN_RUNNING = 4  # below so many answers that still run, a prompt says nothing about a token count
 

@@ -21,7 +21,7 @@ from runtime.decoding.rejection import CutPolicy, CutSchedule
 
 def main() -> None:
     settings = options(
-        __doc__, n=[64, 256], prompts=40, calibration_prompts=120, calibration_n=64, retained=[0.96, 0.98]
+        __doc__, n=[64, 256], prompts=40, calibration_prompts=120, calibration_n=64, retained=[0.95, 0.98]
     )
     starter = Starter.load(settings.device)
     measured_on = prompts(0, settings.calibration_prompts)
