@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -112,8 +112,7 @@ def ingest(
 ) -> None:
     """Prompts from JSONL, Parquet, CSV, a datasets folder or hub name, or the starter."""
     given = {"source": source, "group_column": group_column, "prompt_column": prompt_column}
-    shortcuts = [f"ingest.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    found = load_config(config, [*overrides(values, name), *shortcuts])
+    found = load_config(config, [*overrides(values, name), *_shortcuts("ingest", given)])
     _run_stage("ingest", found, lake, as_json, verbose)
 
 
@@ -135,12 +134,9 @@ def import_preferences(
 
     Every other field is set with --set import.FIELD=VALUE; docs/importing.md lists them.
     """
-    given = {"source": source, "layout": layout, "group_constant": group, "group_column": group_column}
-    given |= {"prompt_column": prompt_column}
-    shortcuts = [f"import.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if test_share is not None:
-        shortcuts.append(f"import.test_share={test_share}")
-    found = load_config(config, [*overrides(values, name), *shortcuts])
+    given: dict[str, object] = {"source": source, "layout": layout, "group_constant": group}
+    given |= {"group_column": group_column, "prompt_column": prompt_column, "test_share": test_share}
+    found = load_config(config, [*overrides(values, name), *_shortcuts("import", given)])
     _run_stage("import_preferences", found, lake, as_json, verbose)
 
 
@@ -156,9 +152,13 @@ def adapt(
 ) -> None:
     """Train an S3D adapter, with which a policy drafts for itself; it becomes models/NAME-s3d."""
     given = {"model": model, "candidates": candidates}
-    shortcuts = [f"adapt.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    found = load_config(config, [*overrides(values, name), *shortcuts])
+    found = load_config(config, [*overrides(values, name), *_shortcuts("adapt", given)])
     _run_stage("adapt", found, lake, as_json, verbose)
+
+
+def _shortcuts(section: str, given: Mapping[str, object]) -> list[str]:
+    """Options that stand for fields of a section, as --set takes them."""
+    return [f"{section}.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict[str, DatasetRef], dict[str, bool]]:

@@ -1,6 +1,6 @@
 """Pushing a version to the Hugging Face hub as a dataset: its card, its manifest and its Parquet files."""
 
-import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import cast
 from storage.errors import ExtraError, HubError
 from storage.lake import DatasetRef, FileEntry, Lake
 from storage.manifest import FILE_NAME
+from storage.publish import CARD_NAME
 from storage.schema import TABLES
+from storage.stream import CHUNK_BYTES, HashingReader
 
 PUSHED_KINDS = ("prompts", "candidates", "preferences")
-CARD = "README.md"
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,12 @@ def push(lake: Lake, ref: DatasetRef, target: Target, upload: Upload | None = No
     shards = [file for file in lake.manifest(ref).files if file.table is not None]
     with tempfile.TemporaryDirectory(prefix="winnow-push-") as name:
         folder = Path(name)
-        for plain in (CARD, FILE_NAME):
+        for plain in (CARD_NAME, FILE_NAME):
             (folder / plain).write_bytes(lake.store.read(f"{ref.prefix}/{plain}"))
         for file in shards:
             _copy(lake, ref, file, folder / file.path)
         url, commit = upload(folder, target, str(ref))
-    return Pushed(url, commit, sorted([CARD, FILE_NAME, *(file.path for file in shards)]))
+    return Pushed(url, commit, sorted([CARD_NAME, FILE_NAME, *(file.path for file in shards)]))
 
 
 def upload_to_hub(folder: Path, target: Target, message: str) -> tuple[str, str]:
@@ -93,10 +93,8 @@ def upload_to_hub(folder: Path, target: Target, message: str) -> tuple[str, str]
 def _copy(lake: Lake, ref: DatasetRef, file: FileEntry, path: Path) -> None:
     """One file, which must be what the manifest lists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
     with lake.store.open(f"{ref.prefix}/{file.path}") as stored, path.open("wb") as copy:
-        while chunk := stored.read(CHUNK_BYTES):
-            digest.update(chunk)
-            copy.write(chunk)
-    if digest.hexdigest() != file.sha256:
+        reader = HashingReader(stored)
+        shutil.copyfileobj(reader, copy, CHUNK_BYTES)
+    if reader.sha256 != file.sha256:
         raise HubError(f"{ref}: {file.path} is not what the manifest lists; see `winnow verify {ref}`")

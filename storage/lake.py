@@ -2,9 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from io import BufferedReader
 from pathlib import Path
-from typing import cast
 
 import pyarrow as pa
 import pyarrow.dataset as pads
@@ -16,6 +14,7 @@ from storage.objects import ObjectStore, open_store
 from storage.refs import KINDS, DatasetRef, check_name, check_version, fingerprint, is_place, parse_ref
 from storage.schema import TABLES
 from storage.shards import decode
+from storage.stream import damaged, sha256_of
 from storage.writer import VersionWriter
 
 __all__ = ["KINDS", "DatasetRef", "FileEntry", "Lake", "Manifest", "VersionWriter", "fingerprint"]
@@ -86,7 +85,8 @@ class Lake:
         """The shards of a table, one by one, in order; LakeError for one that is not what the manifest lists."""
         for file in self.manifest(ref).shards(table, split):
             data = self.store.read(f"{ref.prefix}/{file.path}")
-            self._check(ref, file, hashlib.sha256(data).hexdigest())
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise damaged(str(ref), file)
             yield decode(table, data, f"{ref}: {file.path}", "remove that version and run again")
 
     def read_table(
@@ -105,8 +105,8 @@ class Lake:
         files = self.manifest(ref).shards(table, split)
         found = self.shards_dataset(ref, table, files)
         for file in files:
-            with self.store.open(f"{ref.prefix}/{file.path}") as stored:
-                self._check(ref, file, hashlib.file_digest(cast(BufferedReader, stored), "sha256").hexdigest())
+            if sha256_of(self.store, f"{ref.prefix}/{file.path}") != file.sha256:
+                raise damaged(str(ref), file)
         return found
 
     def shards_dataset(
@@ -122,12 +122,6 @@ class Lake:
             raise LakeError(f"{ref}: {path} is missing; remove that version and run again")
         filesystem, _ = self.store.arrow(keys[0])
         return pads.dataset([self.store.arrow(key)[1] for key in keys], TABLES[table], "parquet", filesystem)
-
-    @staticmethod
-    def _check(ref: DatasetRef, file: FileEntry, sha256: str) -> None:
-        if sha256 != file.sha256:
-            fix = "remove that version and run again"
-            raise LakeError(f"{ref}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
 
     def folder(self, ref: DatasetRef, prefix: str) -> Path:
         """Local folder of a version's plain files, such as a model; a remote lake's are fetched once and checked."""

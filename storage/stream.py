@@ -9,6 +9,12 @@ from storage.objects import ObjectStore, Readable
 CHUNK_BYTES = 1 << 20
 
 
+def damaged(label: str, file: FileEntry) -> LakeError:
+    """For a file of the version `label` that is not what the manifest lists."""
+    fix = "remove that version and run again"
+    return LakeError(f"{label}: {file.path} is damaged (its sha256 is not the manifest's); {fix}")
+
+
 class HashingReader:
     """A reader that knows the sha256 and the length of what went through it."""
 
@@ -40,10 +46,7 @@ class CheckedReader(HashingReader):
         data = super().read(size)
         is_end = size != 0 and (size < 0 or not data)
         if is_end and (self.sha256, self.size_bytes) != (self._file.sha256, self._file.size_bytes):
-            raise LakeError(
-                f"{self._label}: {self._file.path} is damaged (its sha256 is not the manifest's); "
-                "remove that version and run again"
-            )
+            raise damaged(self._label, self._file)
         return data
 
 

@@ -1,6 +1,5 @@
 """Checking a published version against its manifest, byte by byte."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,8 +8,7 @@ from storage.lake import DatasetRef, FileEntry, Lake
 from storage.manifest import FILE_NAME
 from storage.publish import CARD_NAME, is_flag
 from storage.shards import decode
-
-CHUNK_BYTES = 1 << 20
+from storage.stream import CHUNK_BYTES, HashingReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +40,15 @@ def _problem(lake: Lake, ref: DatasetRef, file: FileEntry) -> str | None:
     key = f"{ref.prefix}/{file.path}"
     if not lake.store.exists(key):
         return "is missing"
-    digest, size, chunks = hashlib.sha256(), 0, []
+    chunks = []
     with lake.store.open(key) as stored:
-        while chunk := stored.read(CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+        reader = HashingReader(stored)
+        while chunk := reader.read(CHUNK_BYTES):
             if file.table is not None:
                 chunks.append(chunk)
-    if size != file.size_bytes:
-        return f"has {size} bytes, the manifest says {file.size_bytes}"
-    if digest.hexdigest() != file.sha256:
+    if reader.size_bytes != file.size_bytes:
+        return f"has {reader.size_bytes} bytes, the manifest says {file.size_bytes}"
+    if reader.sha256 != file.sha256:
         return "has another sha256 than the manifest says"
     if file.table is None:
         return None

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
+from typing import cast
 
 from prefect import task
 from pydantic import JsonValue
@@ -13,9 +14,10 @@ from storage.splits import split_of
 from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import InputError
-from tasks.importers.collect import Collected, collect, contradictions, rejected_row
+from tasks.importers.collect import STAGE, Collected, collect, contradictions
 from tasks.importers.records import Pair
 from tasks.importers.sources import identity, read_source
+from tasks.rows import rejected_row
 from tasks.settings_import import ImportConfig
 from tasks.versions import Step
 
@@ -24,7 +26,7 @@ SPLITS = ("train", "test")
 
 def prepare(config: ImportConfig) -> Step:
     """The step, with the source's identity."""
-    return Step("import", "preferences", config.name, config, {"source": identity(config)})
+    return Step(STAGE, "preferences", config.name, config, {"source": identity(config)})
 
 
 @task(name="import", persist_result=False)
@@ -43,9 +45,10 @@ def import_preferences(step: Step, lake_root: str) -> DatasetRef:
         rows = [preference_row(pair) for pair in found.pairs if _split(pair, config) == split]
         writer.write(Shard("preferences", split, 0, 1), to_table("preferences", rows))
     writer.write(Shard("rejected", "train", 0, 1), to_table("rejected", found.rejected))
-    groups = _per_group(found.pairs, config)
-    ref = writer.commit(step.provenance(_stats(found, groups, config), {"prompts": str(prompts)}))
-    show_stage(ref, _stats(found, [], config), groups)
+    groups, stats = _per_group(found.pairs, config), _stats(found, config)
+    stored = stats | {"groups": cast(JsonValue, groups)}
+    ref = writer.commit(step.provenance(stored, {"prompts": str(prompts)}))
+    show_stage(ref, stats, groups)
     return ref
 
 
@@ -114,14 +117,14 @@ def _prompt_row(pair: Pair, config: ImportConfig) -> dict[str, object]:
 
 def _other_group_row(pair: Pair) -> dict[str, object]:
     detail = "the prompt is there under another group; its pairs are kept"
-    return rejected_row("duplicate_in_other_group", detail, pair.group) | {"prompt_id": pair.prompt_id}
+    return rejected_row(STAGE, "duplicate_in_other_group", detail, pair.group) | {"prompt_id": pair.prompt_id}
 
 
 def _split(pair: Pair, config: ImportConfig) -> str:
     return split_of(pair.prompt_id, config.test_share, config.seed)
 
 
-def _stats(found: Collected, groups: list[dict[str, Cell]], config: ImportConfig) -> dict[str, JsonValue]:
+def _stats(found: Collected, config: ImportConfig) -> dict[str, JsonValue]:
     splits = Counter(_split(pair, config) for pair in found.pairs)
     stats: dict[str, JsonValue] = {
         "rows": found.rows_per_file.total(),
@@ -135,8 +138,6 @@ def _stats(found: Collected, groups: list[dict[str, Cell]], config: ImportConfig
         stats["contradictions"] = both_ways
     if len(found.rows_per_file) > 1:
         stats["files"] = [{"file": file, "rows": n} for file, n in sorted(found.rows_per_file.items())]
-    if groups:
-        stats["groups"] = [dict[str, JsonValue](row) for row in groups]
     return stats
 
 

@@ -17,6 +17,7 @@ from tasks.errors import ConfigError, InputError
 from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
 from tasks.messages import Unusable, clean_prompt, prompt_id_of
 from tasks.pictures import show_picture
+from tasks.rows import rejected_row
 from tasks.settings import IngestConfig
 from tasks.versions import Step
 
@@ -89,7 +90,8 @@ def clean(rows: Iterable[RawRow], config: IngestConfig) -> Ingested:
             _place(found, _prompt(row, (prompt_id, messages, group), config), config)
         except Unusable as error:
             reason, detail = error.args
-            found.rejected.append(_rejected(number, group, reason, detail))
+            about = {"row": number, "prompt_id": detail if reason.startswith("duplicate") else None}
+            found.rejected.append(rejected_row("ingest", reason, detail, group) | about)
     _check_columns(columns, config, found)
     return found
 
@@ -179,18 +181,6 @@ def _check_columns(columns: set[str], config: IngestConfig, found: Ingested) -> 
         if column and column not in columns and found.n_rows:
             have = ", ".join(sorted(columns)) or "none"
             raise InputError(f'source "{config.source}" has no column "{column}"; it has {have}')
-
-
-def _rejected(number: int, group: str | None, reason: str, detail: str) -> dict[str, object]:
-    prompt_id = detail if reason.startswith("duplicate") else None
-    return {
-        "stage": "ingest",
-        "row": number,
-        "prompt_id": prompt_id,
-        "group": group,
-        "reason": reason,
-        "detail": detail,
-    }
 
 
 def _per_group(found: Ingested) -> list[dict[str, str | int | float | None]]:

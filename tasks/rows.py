@@ -65,6 +65,11 @@ def gather_candidates(writer: VersionWriter, count: int) -> pa.Table:
     return pa.concat_tables(rows for rows in found.values() if rows is not None)
 
 
+def rejected_row(stage: str, reason: str, detail: str, group: str | None) -> dict[str, object]:
+    """A row of `rejected` that is about no row of the source and no prompt yet."""
+    return {"stage": stage, "row": None, "prompt_id": None, "group": group, "reason": reason, "detail": detail}
+
+
 def rows_of(table: pa.Table) -> list[dict[str, object]]:
     """A table as dictionaries."""
     return cast(list[dict[str, object]], table.to_pylist())

@@ -9,19 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.decoding.engine import Engine
-from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import load_classifier, load_policy
-from runtime.records import Candidate, Message, Progress, Prompt
+from runtime.records import Candidate, Progress, Prompt
 from runtime.rewards.classifier import ClassifierReward
+from runtime.starter.answers import as_prompt, sample_answers
 from runtime.starter.examples import StarterSettings
-from runtime.starter.problems import Question, draw_question
+from runtime.starter.problems import draw_question
 from runtime.starter.rule import truth
 from runtime.starter.s3d_recipe import acceptance_figures
 from runtime.starter.training import draw_answer
-
-MAX_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +40,17 @@ def check(folder: Path, settings: CheckSettings, on_progress: Progress | None = 
     """
     rng = random.Random(f"check {settings.seed}")
     questions = [draw_question(rng, held_out=True) for _ in range(settings.n_prompts)]
-    prompts = [_as_prompt(index, question) for index, question in enumerate(questions)]
+    prompts = [as_prompt(f"check-{index}", question) for index, question in enumerate(questions)]
     policy = load_policy(str(folder / "policy"))
     reward = ClassifierReward(load_classifier(str(folder / "reward")), "chat")
     sampling = SamplingConfig(n=settings.n_samples, seed=settings.seed)
-    engine = Engine(policy, sampling, CutSchedule((), ()), None, max(MAX_ROWS, settings.n_samples), "chat")
-    answers = list(engine.generate(prompts, on_progress))
+    answers = list(sample_answers(policy, prompts, sampling, on_progress=on_progress))
     return (
         _truth_figures(prompts, answers)
         | {"reward_pair_accuracy": _pair_accuracy(reward, settings, rng)}
         | _partial_figures(prompts, answers, reward, policy.tokenizer.decode)
         | acceptance_figures(folder, settings.seed)
     )
-
-
-def _as_prompt(index: int, question: Question) -> Prompt:
-    messages = (Message("user", question.text),)
-    return Prompt(f"check-{index}", messages, question.group, str(question.problem.answer))
 
 
 def _truth_figures(prompts: Sequence[Prompt], answers: Sequence[list[Candidate]]) -> dict[str, float]:
@@ -88,7 +79,7 @@ def _pair_accuracy(reward: ClassifierReward, settings: CheckSettings, rng: rando
         question = draw_question(rng, held_out=True)
         drawn = {is_true: text for text, is_true in (draw_answer(question, recipe, rng) for _ in range(16))}
         if len(drawn) == 2:
-            prompts += [_as_prompt(len(prompts), question)] * 2
+            prompts += [as_prompt(f"check-{len(prompts)}", question)] * 2
             responses += [drawn[True], drawn[False]]
     scores = np.array([score.value for score in reward.score(prompts, responses)], dtype=float)
     return float((scores[0::2] > scores[1::2]).mean())

@@ -14,11 +14,9 @@ from typing import cast
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from runtime.decoding.engine import Engine
-from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel
-from runtime.records import Message, Prompt
+from runtime.starter.answers import as_prompt, sample_answers
 from runtime.starter.examples import IGNORED, POOL_SIZE, Example, StarterSettings, encode, token_ids
 from runtime.starter.problems import (
     EQUAL_SHARES,
@@ -31,7 +29,6 @@ from runtime.starter.problems import (
 )
 
 SAMPLES_PER_QUESTION = 4
-MAX_ROWS = 256
 
 Sampler = Callable[[Sequence[Question], int], list[list[int]]]  # (questions, seed) -> answers without an end token
 
@@ -95,9 +92,9 @@ def policy_sampler(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast)
     loaded = LoadedModel(copy.deepcopy(policy), tokenizer, "policy", "")
 
     def sample(questions: Sequence[Question], seed: int) -> list[list[int]]:
-        prompts = [Prompt(str(i), (Message("user", one.text),), one.group) for i, one in enumerate(questions)]
-        engine = Engine(loaded, SamplingConfig(n=SAMPLES_PER_QUESTION, seed=seed), CutSchedule(), None, MAX_ROWS)
+        prompts = [as_prompt(str(i), question) for i, question in enumerate(questions)]
+        drawn = sample_answers(loaded, prompts, SamplingConfig(n=SAMPLES_PER_QUESTION, seed=seed))
         end = tokenizer.eos_token_id
-        return [[one for one in c.token_ids if one != end] for answers in engine.generate(prompts) for c in answers]
+        return [[one for one in c.token_ids if one != end] for answers in drawn for c in answers]
 
     return sample

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from runtime.alignment.s3d_acceptance import draft_share, measure
 from runtime.alignment.s3d_training import S3DTraining, Sample, train_s3d
-from runtime.decoding.engine import Engine
-from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.s3d.adapter import load_adapter
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel, encode_prompt, load_policy
-from runtime.records import Message, Prompt
+from runtime.starter.answers import as_prompt, sample_answers
 from runtime.starter.examples import StarterSettings
 from runtime.starter.problems import draw_question
 
@@ -54,10 +52,10 @@ def draw_samples(policy: LoadedModel, n_prompts: int, held_out: bool, seed: int)
     """The policy's answers at temperature 1 to fresh problems, from the held-out ones or from all others."""
     rng = random.Random(f"s3d {seed}")
     questions = [draw_question(rng, held_out) for _ in range(n_prompts)]
-    prompts = [Prompt(f"s3d-{index}", (Message("user", one.text),), one.group) for index, one in enumerate(questions)]
-    engine = Engine(policy, SamplingConfig(n=N_ANSWERS, seed=seed), CutSchedule(), None, MAX_ROWS)
+    prompts = [as_prompt(f"s3d-{index}", question) for index, question in enumerate(questions)]
+    drawn = sample_answers(policy, prompts, SamplingConfig(n=N_ANSWERS, seed=seed), MAX_ROWS)
     found = []
-    for prompt, answers in zip(prompts, engine.generate(prompts), strict=True):
+    for prompt, answers in zip(prompts, drawn, strict=True):
         ids = encode_prompt(policy.tokenizer, prompt.messages, "chat")
         found += [Sample((*ids, *answer.token_ids), len(ids)) for answer in answers]
     return found

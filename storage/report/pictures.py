@@ -65,13 +65,14 @@ def training(connection: Connection) -> Picture | None:
     return next(iter(plots.curves(queries.training_curves(connection))), None)
 
 
-_OF_STAGE: dict[str, Callable[[Connection], Picture | None]] = {
-    "ingest": prompt_lengths,
-    "generate": tokens,
-    "score": scores,
-    "assemble": margins,
-    "finetune": training,
-    "evaluate": before_after,
+# What is drawn of a stage, and the one table that it is drawn from.
+_OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | None], str]] = {
+    "ingest": (prompt_lengths, "prompts"),
+    "generate": (tokens, "candidates"),
+    "score": (scores, "candidates"),
+    "assemble": (margins, "preferences"),
+    "finetune": (training, "training"),
+    "evaluate": (before_after, "metrics"),
 }
 
 
@@ -79,8 +80,8 @@ def main_picture(lake: Lake, ref: DatasetRef) -> Picture | None:
     """The picture of a published version; None where there is nothing to draw. ExtraError without matplotlib."""
     need_matplotlib()
     about = subject(lake, ref)
-    draw = _OF_STAGE.get(about.manifest.stage)
-    if draw is None:
+    if about.manifest.stage not in _OF_STAGE:
         return None
-    with open_tables(lake, about) as connection:
+    draw, table = _OF_STAGE[about.manifest.stage]
+    with open_tables(lake, about, (table,)) as connection:
         return draw(connection)

@@ -1,7 +1,7 @@
 """The tables that a report is about as DuckDB views, read from the lake in pieces."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,15 +48,20 @@ def subject(lake: Lake, ref: DatasetRef) -> Subject:
 
 
 @contextmanager
-def open_tables(lake: Lake, about: Subject) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database with a view for every table of the lake, with `split` in front; empty where there is none."""
+def open_tables(
+    lake: Lake, about: Subject, tables: Collection[str] = tuple(TABLES)
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database with a view for each of the tables, with `split` in front; empty where the version has none.
+
+    All of their shards are hashed first, so ask for no more than is needed.
+    """
     # What does not fit into memory is spilled here; the lake itself may be on S3.
     with (
         tempfile.TemporaryDirectory(prefix="winnow-report-") as spill,
         # One thread adds floats in one order: equal versions give equal reports.
         duckdb.connect(config={"temp_directory": spill, "threads": 1}) as connection,
     ):
-        for table in TABLES:
+        for table in tables:
             _create_view(connection, lake, table, about.owners.get(table))
         connection.execute("SET enable_external_access = false")
         try:

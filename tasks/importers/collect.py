@@ -12,7 +12,10 @@ from tasks.importers.sources import SourceRow
 from tasks.importers.votes import Count, count_votes, winner
 from tasks.ingest_readers import Unreadable
 from tasks.messages import Unusable
+from tasks.rows import rejected_row
 from tasks.settings_import import ImportConfig
+
+STAGE = "import"
 
 
 @dataclass(slots=True)
@@ -26,19 +29,7 @@ class Collected:
 
     def reject(self, reason: str, detail: str, about: Pair | Judgement) -> None:
         """Keep why there is no pair, where that is not about one row."""
-        self.rejected.append(rejected_row(reason, detail, about.group) | {"prompt_id": about.prompt_id})
-
-
-def rejected_row(reason: str, detail: str, group: str | None) -> dict[str, object]:
-    """A row of `rejected`."""
-    return {
-        "stage": "import",
-        "row": None,
-        "prompt_id": None,
-        "group": group,
-        "reason": reason,
-        "detail": detail,
-    }
+        self.rejected.append(rejected_row(STAGE, reason, detail, about.group) | {"prompt_id": about.prompt_id})
 
 
 def collect(rows: Iterable[SourceRow], config: ImportConfig) -> Collected:
@@ -66,7 +57,7 @@ def collect(rows: Iterable[SourceRow], config: ImportConfig) -> Collected:
                 found.pairs.append(about)
         except Unusable as error:
             reason, detail = error.args
-            row = rejected_row(reason, f"{source.file}: {detail}" if source.file else detail, group)
+            row = rejected_row(STAGE, reason, f"{source.file}: {detail}" if source.file else detail, group)
             prompt_id = about.prompt_id if about else None
             found.rejected.append(row | {"row": source.number, "prompt_id": prompt_id})
     _check_columns(columns, config)

@@ -131,7 +131,7 @@ def timed_query(folder: str) -> float:
 
 
 def run_assemble(folder: str) -> None:
-    """Assemble into a copy of nothing: an earlier result is removed first."""
+    """Assemble anew: an earlier result is removed first."""
     import shutil
 
     from tasks.assemble import assemble, prepare

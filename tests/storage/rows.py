@@ -124,29 +124,16 @@ def problems(lake: Lake, ref: DatasetRef) -> dict[str, str]:
 
 def dialogue(prompt_id: str = "p0", group: str = "child", **changes: object) -> dict[str, object]:
     """A row of `preferences` with a system turn and several turns."""
-    row: dict[str, object] = {
-        "prompt": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "2 + 2?"},
-            {"role": "assistant", "content": "4"},
-            {"role": "user", "content": f"And {prompt_id}?"},
-        ],
-        "chosen": [{"role": "assistant", "content": "6"}],
-        "rejected": [{"role": "assistant", "content": "7"}],
-        "prompt_id": prompt_id,
-        "group": group,
-        "score_chosen": 1.5,
-        "score_rejected": -0.5,
-        "score_margin": 2.0,
-        "strategy": "best_vs_worst",
-        "chosen_index": 1,
-        "rejected_index": 0,
-        "policy_logp_ref_chosen": None,
-        "policy_logp_ref_rejected": None,
-        "n_votes": None,
-        "agreement": None,
-        "annotator": None,
-    }
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": f"And {prompt_id}?"},
+    ]
+    scores: dict[str, object] = {"score_chosen": 1.5, "score_rejected": -0.5, "score_margin": 2.0}
+    row = preference(prompt_id, group, prompt=turns, chosen_index=1, rejected_index=0) | scores
+    row["chosen"] = [{"role": "assistant", "content": "6"}]
+    row["rejected"] = [{"role": "assistant", "content": "7"}]
     return row | changes
 
 
