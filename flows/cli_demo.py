@@ -19,7 +19,7 @@ QUERY = (
 DEMO: dict[str, object] = {
     "name": "demo",
     "ingest": {"source": "starter", "max_prompts": 400, "max_heldout": 160},
-    "generate": {"n": 16},
+    "generate": {"n": 16, "s3d": "auto"},
     "finetune": {"learning_rate": 4e-4, "epochs": 3, "beta": 0.05, "nll_weight": 20.0},
 }
 

@@ -31,6 +31,8 @@ from tasks.settings import PipelineConfig, StageConfig
 if TYPE_CHECKING:
     from prefect import Flow
 
+    from tasks.drafting import DraftingPlan
+
 STAGE_HELP = {
     "generate": "Best-of-N candidates for prompts/NAME, with cuts or without.",
     "calibrate": "Measure how far partial scores can be trusted, and propose a schedule of cuts.",
@@ -76,12 +78,18 @@ def plan(
     values: SetOption = [],  # noqa: B006
     as_json: JsonOption = False,
 ) -> None:
-    """Show what `run` would do: versions, cache hits, upper bounds of candidates, tokens and key-value memory."""
+    """Show what `run` would do: versions, cache hits, upper bounds of candidates, tokens and key-value memory.
+
+    With S3D also what it is worth here: a few rounds of each size are timed.
+    """
+    from tasks.drafting import plan_drafting
     from tasks.plan import plan as plan_stages
 
-    plans = plan_stages(load_config(config, values), Lake.open(lake))
+    settings, opened = load_config(config, values), Lake.open(lake)
+    plans, drafting = plan_stages(settings, opened), plan_drafting(settings.generate, opened)
     if as_json:
-        emit({"stages": [dataclasses.asdict(stage) for stage in plans]})
+        s3d = drafting and dataclasses.asdict(drafting)
+        emit({"stages": [dataclasses.asdict(stage) for stage in plans], "s3d": s3d})
         return
     rows = [
         (
@@ -97,6 +105,19 @@ def plan(
     ]
     columns = ["stage", "version", "", "prompts", "candidates", "new tokens <=", "key-value memory <="]
     output().print(table(columns, rows))
+    if drafting is not None:
+        _print_drafting(drafting)
+
+
+def _print_drafting(found: "DraftingPlan") -> None:
+    console = output()
+    console.print(f"\nS3D adds {found.adapter_bytes / 1000:.0f} kB of weights and no keys or values. Predicted here:")
+    rows = [
+        (f.rows, f.k or "none", f"{f.tokens_per_round:.2f}", f"{f.break_even:.2f}", f"{f.speedup:.2f}")
+        for f in found.forecasts
+    ]
+    columns = ["rows", "drafts", "tokens per round", "needed", "times plain decoding"]
+    console.print(table(columns, rows))
 
 
 def ingest(

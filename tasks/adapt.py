@@ -69,6 +69,7 @@ def adapt(step: Step, lake_root: str) -> DatasetRef:
     for kept, choice in zip(config.kept, choices, strict=True):
         adapter = train_s3d(policy, train, choice, progress(f"{step.name} {kept}"))
         acceptance = measure(policy, adapter, held_out, choice)
+        adapter.knows(acceptance.coupled.rates)
         found.append((adapter, acceptance, figures(acceptance, adapter, policy.model)))
     best, _, rows = max(found, key=lambda each: max(float(row["speedup"]) for row in each[2]))
     table = [row for _, _, each in found for row in each]

@@ -1,7 +1,8 @@
-"""The S3D adapter that a configuration names: what identifies it, and decoding with it."""
+"""The S3D adapter that a configuration names: what identifies it, decoding with it, and what that is worth."""
 
 import hashlib
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from storage.lake import Lake
@@ -10,8 +11,19 @@ from tasks.settings import GenerateConfig
 from tasks.versions import pin
 
 if TYPE_CHECKING:
+    from runtime.decoding.s3d.forecast import Forecast
     from runtime.decoding.s3d.rounds import S3DDecoding
     from runtime.models import LoadedModel
+
+FORECAST_ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftingPlan:
+    """Memory that an adapter adds, and its predicted speed-up by rows on this machine."""
+
+    adapter_bytes: int
+    forecasts: "tuple[Forecast, ...]"
 
 
 def adapter_identity(config: GenerateConfig, lake: Lake) -> str:
@@ -43,3 +55,21 @@ def open_s3d(config: GenerateConfig, policy: "LoadedModel", lake: Lake) -> "S3DD
 
     adapter = load_adapter(adapter_path(config.s3d_adapter, lake), policy)
     return S3DDecoding(adapter, None if config.s3d == "auto" else int(config.s3d), clock=time.perf_counter)
+
+
+def plan_drafting(config: GenerateConfig, lake: Lake) -> DraftingPlan | None:
+    """Measured with the policy here; None without S3D."""
+    if config.s3d == "off":
+        return None
+    from runtime.decoding.s3d.forecast import forecast
+    from runtime.records import Message, Prompt
+    from tasks.models import load_policy_model, model_path, use_threads
+
+    use_threads(config.threads)
+    policy = load_policy_model(model_path(config.model, "policy", lake), config.dtype, config.device)
+    s3d = open_s3d(config, policy, lake)
+    assert s3d is not None
+    rows = [n for n in FORECAST_ROWS if n < config.max_rows] + [config.max_rows]
+    prompt = Prompt("plan", (Message("user", "A prompt of ordinary length, " * 6),), "plan")
+    found = forecast(policy, s3d.adapter, prompt, rows, time.perf_counter, config.prompt_format)
+    return DraftingPlan(s3d.adapter.n_bytes, tuple(found))

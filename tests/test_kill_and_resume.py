@@ -21,6 +21,7 @@ max_heldout = 6
 threads = 1
 n = 4
 shard_prompts = 3
+s3d = "auto"
 max_new_tokens = 96
 [score]
 threads = 1

@@ -24,13 +24,15 @@ class Acceptance:
     """How often the draft at each place stays when all before it did; old rounds count less and less."""
 
     k: int
+    known: Sequence[float] = ()  # by place, as measured elsewhere
     reached: list[float] = field(init=False)
     accepted: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         rate, weight = PRIOR
         self.reached = [weight] * self.k
-        self.accepted = [weight * rate ** (1 + place / 2) for place in range(self.k)]
+        assumed = self.known or [rate ** (1 + place / 2) for place in range(self.k)]
+        self.accepted = [weight * one for one in assumed[: self.k]]
 
     def observe(self, reached: Sequence[float], accepted: Sequence[float]) -> None:
         """Drafts of one round by place: those whose predecessors all stayed, and those that stayed themselves."""
@@ -56,9 +58,10 @@ class Acceptance:
 class Controller:
     """Chooses before each round."""
 
-    def __init__(self, k: int) -> None:
+    def __init__(self, k: int, known: Sequence[float] = ()) -> None:
+        """k: tokens at most; known: acceptance by place, where it was measured before."""
         self.k = k
-        self.acceptance = Acceptance(k)
+        self.acceptance = Acceptance(k, known)
         self.seconds: dict[tuple[int, int], list[float]] = {}  # of rounds by drafted tokens, per size of the batch
         self.gaps: deque[float] = deque(maxlen=15)  # seconds between rounds
         self.is_on = True
@@ -69,7 +72,7 @@ class Controller:
         are measured."""
         key = round(log2(len(rooms))), round(log2(n_slots))
         if key not in self.seconds:
-            self.seconds[key] = self._measured(measure)
+            self.seconds[key] = time_rounds(self.k, measure)
         gap = median(self.gaps) if self.gaps else 0.0
         seconds = [gap + one for one in self.seconds[key]]
         expected = self.acceptance.tokens()
@@ -85,18 +88,19 @@ class Controller:
         ]
         return max(range(len(rates)), key=rates.__getitem__)
 
-    def _measured(self, measure: Measure) -> list[float]:
-        """Seconds for 0 to k drafted tokens; some are timed in turn, those between lie on a line."""
-        timed = sorted({0, 1, min(3, self.k), self.k})
+
+def time_rounds(k_most: int, measure: Measure) -> list[float]:
+    """Seconds for 0 to k_most drafted tokens; some are timed in turn, those between lie on a line."""
+    timed = sorted({0, 1, min(3, k_most), k_most})
+    for k in timed:
+        measure(k)
+    found = {k: float("inf") for k in timed}
+    for _ in range(REPEATS):
         for k in timed:
-            measure(k)
-        found = {k: float("inf") for k in timed}
-        for _ in range(REPEATS):
-            for k in timed:
-                found[k] = min(found[k], measure(k))
-        seconds = []
-        for k in range(self.k + 1):
-            below, above = max(t for t in timed if t <= k), min(t for t in timed if t >= k)
-            share = (k - below) / (above - below) if above > below else 0.0
-            seconds.append(found[below] + share * (found[above] - found[below]))
-        return seconds
+            found[k] = min(found[k], measure(k))
+    seconds = []
+    for k in range(k_most + 1):
+        below, above = max(t for t in timed if t <= k), min(t for t in timed if t >= k)
+        share = (k - below) / (above - below) if above > below else 0.0
+        seconds.append(found[below] + share * (found[above] - found[below]))
+    return seconds

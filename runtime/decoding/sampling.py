@@ -1,6 +1,7 @@
 """From logits to the next token: penalty, temperature, truncation, then Gumbel-max with counter-based noise."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +56,17 @@ def sample(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfi
 
     logits: (rows, vocabulary); keys: int64 (rows,) from `row_key`; position: int64 (rows,), tokens sampled so far.
     """
-    if config.temperature == 0:
-        best, tokens = logits.max(dim=-1)
-        return _checked(tokens, best)
-    if config.top_k == 0 and config.top_p == 1:
-        return _sample_all(_scaled(logits, config), keys, position, config)
-    support, token_ids = _truncate(logits, config)
-    best = support[:, 0]
-    support = _above_min_p(support, best[:, None], config)
-    choice = gumbel(keys, position, token_ids).add_(support).argmax(dim=-1, keepdim=True)
-    return _checked(token_ids.gather(-1, choice).squeeze(-1), best)
+    return _sample(logits, keys, position, config, _winner)[0]
+
+
+def sample_with_lead(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """The tokens of `sample`, and how far each is ahead of the next best, (rows,).
+
+    The unit is the largest scaled logit, or 1 where that is smaller: what rounding adds to logits grows with them.
+    """
+    tokens, lead, best = _sample(logits, keys, position, config, _winner_and_lead)
+    assert lead is not None
+    return tokens, lead / best.abs().clamp(min=1)
 
 
 def log_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
@@ -106,12 +108,44 @@ def top_k(values: Tensor, k: int, is_sorted: bool = True) -> tuple[Tensor, Tenso
     return best, places.gather(-1, chosen)
 
 
-def _sample_all(scaled: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig) -> Tensor:
+def _winner(scores: Tensor) -> tuple[Tensor, None]:
+    """Place of the largest of each row, (rows,)."""
+    return scores.argmax(dim=-1), None
+
+
+def _winner_and_lead(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Likewise, and what it has above the second, (rows,)."""
+    if scores.shape[-1] == 1:
+        return scores.argmax(dim=-1), torch.full_like(scores[:, 0], torch.inf)
+    best, places = scores.topk(2, dim=-1) if scores.shape[-1] <= FLAT_VOCABULARY else top_k(scores, 2)
+    return places[:, 0], best[:, 0] - best[:, 1]
+
+
+Choice = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+Drawn = tuple[Tensor, Tensor | None, Tensor]  # tokens, lead and largest scaled logit, each (rows,)
+
+
+def _sample(logits: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig, choose: Choice) -> Drawn:
+    if config.temperature == 0:
+        tokens, lead = choose(logits)
+        best = logits.gather(-1, tokens[:, None])[:, 0]
+        return _checked(tokens, best), lead, best
+    if config.top_k == 0 and config.top_p == 1:
+        return _sample_all(_scaled(logits, config), keys, position, config, choose)
+    support, token_ids = _truncate(logits, config)
+    best = support[:, 0]
+    support = _above_min_p(support, best[:, None], config)
+    choice, lead = choose(gumbel(keys, position, token_ids).add_(support))
+    return _checked(token_ids.gather(-1, choice[:, None])[:, 0], best), lead, best
+
+
+def _sample_all(scaled: Tensor, keys: Tensor, position: Tensor, config: SamplingConfig, choose: Choice) -> Drawn:
     best = scaled.amax(dim=-1, keepdim=True)
     scaled = _above_min_p(scaled, best, config)
     n_rows, n_vocabulary = scaled.shape
     if n_vocabulary <= FLAT_VOCABULARY:
-        return _checked(gumbel(keys, position, n_vocabulary).add_(scaled).argmax(dim=-1), best[:, 0])
+        tokens, lead = choose(gumbel(keys, position, n_vocabulary).add_(scaled))
+        return _checked(tokens, best[:, 0]), lead, best[:, 0]
     # The best of perturbed logits is distributed as one perturbed log-sum-exp, so a block can be drawn before its
     # token: one noise per block instead of one per token.
     n_blocks = -(-n_vocabulary // BLOCK_TOKENS)
@@ -120,11 +154,13 @@ def _sample_all(scaled: Tensor, keys: Tensor, position: Tensor, config: Sampling
         scaled = torch.nn.functional.pad(scaled, (0, padding), value=-torch.inf)
     folded = scaled.view(n_rows, BLOCK_TOKENS, n_blocks)  # block j has tokens j, j + n_blocks, ...
     mass = (folded - best[:, None]).exp_().sum(dim=1)
-    block = gumbel(keys ^ _BLOCK_STREAM, position, n_blocks).add_(mass.log_()).argmax(dim=-1)
+    block, block_lead = choose(gumbel(keys ^ _BLOCK_STREAM, position, n_blocks).add_(mass.log_()))
     within = torch.arange(BLOCK_TOKENS, device=scaled.device)
     token_ids = block[:, None] + within * n_blocks
-    chosen = gumbel(keys, position, token_ids).add_(scaled.gather(-1, token_ids)).argmax(dim=-1, keepdim=True)
-    return _checked(token_ids.gather(-1, chosen).squeeze(-1), best[:, 0])
+    chosen, lead = choose(gumbel(keys, position, token_ids).add_(scaled.gather(-1, token_ids)))
+    if lead is not None and block_lead is not None:
+        lead = torch.minimum(lead, block_lead)
+    return _checked(token_ids.gather(-1, chosen[:, None])[:, 0], best[:, 0]), lead, best[:, 0]
 
 
 def _truncate(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:

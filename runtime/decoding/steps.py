@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.decoding.rows import RowTable
-from runtime.decoding.sampling import SamplingConfig, penalise, sample
+from runtime.decoding.sampling import SamplingConfig, penalise, sample, sample_with_lead
+from runtime.decoding.ties import Ties
 from runtime.kv.arena import Arena
 from runtime.kv.attention import logits_of, run
 from runtime.kv.passes import RowsPass
@@ -23,12 +24,18 @@ class State:
     sampling: SamplingConfig
     arena: Arena
     rows: RowTable
+    ties: Ties
 
     def sample(self, rows: slice, logits: Tensor) -> None:
         """The next token of `rows`."""
         if self.sampling.repetition_penalty != 1:
             logits = penalise(logits, self.rows.seen[rows], self.sampling.repetition_penalty)
-        tokens = sample(logits, self.rows.keys[rows], self.rows.n_sampled[rows], self.sampling)
+        keys, position = self.rows.keys[rows], self.rows.n_sampled[rows]
+        if self.ties.tolerance is None:
+            tokens = sample(logits, keys, position, self.sampling)
+        else:
+            tokens, lead = sample_with_lead(logits, keys, position, self.sampling)
+            self.ties.settle(self.rows, torch.arange(rows.start, rows.stop), tokens, lead)
         self.rows.append(rows, tokens)
 
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.alignment.s3d_acceptance import draft_share, measure
+from runtime.alignment.s3d_acceptance import Acceptance, draft_share, measure
 from runtime.alignment.s3d_training import S3DTraining, Sample, train_s3d
-from runtime.decoding.s3d.adapter import load_adapter
+from runtime.decoding.s3d.adapter import S3DAdapter, load_adapter
 from runtime.decoding.sampling import SamplingConfig
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.starter.answers import as_prompt, sample_answers
@@ -25,6 +25,7 @@ def build_adapter(folder: Path, settings: StarterSettings, report: Callable[[str
     policy = load_policy(str(folder / "policy"))
     samples = draw_samples(policy, settings.s3d_prompts, held_out=False, seed=settings.seed)
     adapter = train_s3d(policy, samples, training(settings), lambda done, _: report("s3d", done, 0.0))
+    adapter.knows(_measure(policy, adapter, settings.seed).coupled.rates)
     adapter.save(folder / "s3d")
 
 
@@ -32,8 +33,7 @@ def acceptance_figures(folder: Path, seed: int) -> dict[str, float]:
     """Tokens per round of the adapter in `folder`/s3d at temperature 1 on answers to fresh held-out problems."""
     policy = load_policy(str(folder / "policy"))
     adapter = load_adapter(folder / "s3d", policy)
-    settings = S3DTraining(k=adapter.config.k, seed=seed)
-    found = measure(policy, adapter, draw_samples(policy, N_MEASURED, held_out=True, seed=seed), settings)
+    found = _measure(policy, adapter, seed)
     return {
         "s3d_tokens_per_round": found.coupled.emitted[-1],
         "s3d_tokens_per_round_classic": found.classic.emitted[-1],
@@ -41,6 +41,11 @@ def acceptance_figures(folder: Path, seed: int) -> dict[str, float]:
         **{f"s3d_overlap_{offset}": share for offset, share in enumerate(found.overlap, start=1)},
         **{f"s3d_rate_{offset}": share for offset, share in enumerate(found.coupled.rates, start=1)},
     }
+
+
+def _measure(policy: LoadedModel, adapter: S3DAdapter, seed: int) -> Acceptance:
+    held_out = draw_samples(policy, N_MEASURED, held_out=True, seed=seed)
+    return measure(policy, adapter, held_out, S3DTraining(k=adapter.config.k, seed=seed))
 
 
 def training(settings: StarterSettings) -> S3DTraining:

@@ -12,7 +12,7 @@ from runtime.errors import ModelError
 from runtime.models import LoadedModel
 from runtime.records import Candidate, Prompt
 from storage.lake import Lake
-from tasks.drafting import adapter_identity
+from tasks.drafting import adapter_identity, plan_drafting
 from tasks.errors import ConfigError
 from tasks.generate import cut_policy, open_engine
 from tasks.models import open_reward
@@ -48,7 +48,7 @@ def test_candidates_are_the_same_with_s3d(
 
     for plain, found in zip(sum(draw(), []), sum(draw(s3d=s3d), []), strict=True):
         assert (found.token_ids, found.finish_reason) == (plain.token_ids, plain.finish_reason)
-        assert [(c.n_tokens, c.kept) for c in found.cuts] == [(c.n_tokens, c.kept) for c in plain.cuts]
+        assert found.cuts == plain.cuts
 
 
 @pytest.mark.parametrize("value", ["on", "-1", "17", "4.0", ""])
@@ -85,3 +85,13 @@ def test_more_drafts_than_the_adapter_was_made_for_are_refused(
     lake = Lake.open(str(tmp_path / "lake"))
     with pytest.raises(ModelError, match="k = 4"):
         open_engine(config, str(tiny_policy_dir), cut_policy(config, lake), None, lake)
+
+
+def test_a_plan_says_what_the_adapter_adds_and_what_it_is_worth(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path / "lake"))
+    assert plan_drafting(GenerateConfig(), lake) is None
+    found = plan_drafting(GenerateConfig(n=2, max_rows=2, s3d="auto", threads=1), lake)
+    assert found is not None
+    assert found.adapter_bytes == 78_336 * 4
+    assert [f.rows for f in found.forecasts] == [1, 2]
+    assert all(f.speedup >= 1 and 0 <= f.k <= 4 for f in found.forecasts)

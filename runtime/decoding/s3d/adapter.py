@@ -8,7 +8,8 @@ masks' positions alone.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -32,7 +33,8 @@ class S3DConfig:
     """The draft's shape: it keeps the first `n_first` and the last `n_last` layers and was trained for `k` masks.
 
     lora: mask embeddings and low-rank weights; embeddings: those alone; skip: nothing was trained. Low-rank terms are
-    scaled by alpha / rank. base_hash: content hash of the policy that it drafts for.
+    scaled by alpha / rank. base_hash: content hash of the policy that it drafts for. rates: chance that the draft at
+    each place stays when all before it did, measured when it was trained; empty where nobody measured.
     """
 
     n_first: int
@@ -42,6 +44,7 @@ class S3DConfig:
     alpha: float
     kind: Kind
     base_hash: str
+    rates: tuple[float, ...] = ()
 
     def kept(self, n_layers: int) -> list[int]:
         """Indices of the kept layers."""
@@ -109,6 +112,10 @@ class S3DAdapter(nn.Module):
     def n_bytes(self) -> int:
         """Memory that it adds to the policy's."""
         return sum(parameter.nbytes for parameter in self.parameters())
+
+    def knows(self, rates: Sequence[float]) -> None:
+        """Remember how often drafts are accepted, by place."""
+        self.config = replace(self.config, rates=tuple(round(rate, 4) for rate in rates))
 
     def check_k(self, k: int) -> None:
         """Raise ModelError for more masks than there are embeddings of."""

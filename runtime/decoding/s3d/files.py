@@ -73,7 +73,14 @@ def _checked(path: Path, values: object) -> S3DConfig:
         raise ModelError(f'"{path}": kind = {str(values["kind"])[:40]} is none of {", ".join(KINDS)}; adapt again')
     if not isinstance(values["base_hash"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["base_hash"]):
         raise ModelError(f'"{path}": base_hash is no sha256; adapt again')
-    return S3DConfig(**values)
+    rates = values["rates"]
+    if not isinstance(rates, list) or len(rates) not in (0, values["k"]) or not all(map(_is_share, rates)):
+        raise ModelError(f'"{path}": rates = {str(rates)[:40]} are not {values["k"]} shares; adapt again')
+    return S3DConfig(**values | {"rates": tuple(rates)})
+
+
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
 
 
 def _weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class S3DRounds:
     def __init__(self, policy: LoadedModel, s3d: S3DDecoding, plain: PlainSteps) -> None:
         self.drafter, self.s3d, self.plain = Drafter(policy, s3d.adapter), s3d, plain
         self.k = s3d.adapter.config.k if s3d.k is None else s3d.k
-        self.controller = Controller(self.k) if s3d.k is None else None
+        self.controller = Controller(self.k, s3d.adapter.config.rates) if s3d.k is None else None
         self._ended: float | None = None  # when the last round did
 
     @property
@@ -67,6 +67,8 @@ class S3DRounds:
             self._ended = None
             return self.plain.advance(state, rooms)
         verdict, index = self._round(state, k, active, [min(k + 1, room) for room in rooms])
+        if verdict.lead is not None:
+            state.ties.settle_blocks(state.rows, index, verdict.tokens, verdict.lead, verdict.counts)
         state.arena.row_tokens[index] += verdict.counts
         state.rows.append_blocks(index, verdict.tokens, verdict.counts)
         self._report(verdict, k, rooms)
@@ -81,9 +83,10 @@ class S3DRounds:
             self.controller.gaps.append(clock() - self._ended)
             self._ended = None
         n_slots = state.arena.n_slots + max(state.arena.prompt_lengths)
-        return self.controller.choose(rooms, n_slots, lambda k: self._seconds(state, active, k, clock))
+        return self.controller.choose(rooms, n_slots, lambda k: self.seconds(state, active, k, clock))
 
-    def _seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
+    @torch.inference_mode()
+    def seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
         """Time a round whose result is dropped; what it stores lies behind the rows' lengths."""
         _wait(state)
         started = clock()
@@ -102,7 +105,8 @@ class S3DRounds:
         index = both.places
         last = rows.last[index]
         seen = rows.seen[index] if state.sampling.repetition_penalty != 1 else None
-        block = Block(rows.keys[index], rows.n_sampled[index], allowed, seen, state.sampling)
+        with_lead = state.ties.tolerance is not None
+        block = Block(rows.keys[index], rows.n_sampled[index], allowed, seen, state.sampling, with_lead)
         fed, drafts = last[:, None], None
         if k:
             hidden = self.drafter.hidden(last, k, both.positions, both)

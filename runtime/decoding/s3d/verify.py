@@ -6,13 +6,13 @@ draft x of law q stays with probability min(1, p(x) / q(x)); the first that does
 q. Its text has the law of p, but depends on what was drafted. Greedy decoding is coupled by either name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from runtime.decoding.sampling import SamplingConfig, log_probabilities, penalise, sample
+from runtime.decoding.sampling import SamplingConfig, log_probabilities, penalise, sample, sample_with_lead
 from runtime.randomness import gumbel, uniform
 
 RuleName = Literal["coupled", "classic"]
@@ -31,6 +31,7 @@ class Block:
     limits: Tensor  # (rows,), tokens that a row may get
     seen: Tensor | None  # (rows, vocabulary), where seen tokens matter
     sampling: SamplingConfig
+    with_lead: bool = False  # whether somebody asks how close the draws were
 
     def positions(self, n: int) -> Tensor:
         """Of the next n tokens, (rows, n)."""
@@ -47,11 +48,15 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The next tokens (rows, 1 + k), of which the first `counts` (rows,) are kept; `accepted` (rows,) were drafted."""
+    """The next tokens (rows, 1 + k), of which the first `counts` (rows,) are kept; `accepted` (rows,) were drafted.
+
+    lead: (rows, 1 + k) of `sample_with_lead`; None where nobody asks or tokens depend on what was drafted anyway.
+    """
 
     tokens: Tensor
     counts: Tensor
     accepted: Tensor
+    lead: Tensor | None
 
 
 def draft(block: Block, logits: Tensor, rule: RuleName) -> Drafts:
@@ -74,10 +79,10 @@ def verify(block: Block, drafts: Drafts | None, logits: Tensor, rule: RuleName) 
         logits = _penalised(block.seen, drafts, logits, block.sampling.repetition_penalty)
     if drafts is not None and is_classic(rule, block.sampling):
         return _classic(block, drafts, logits)
-    tokens = _sample(logits, block.keys, block.positions(logits.shape[1]), block.sampling)
+    tokens, lead = _target(logits, block)
     if drafts is None:
-        return Verdict(tokens, block.limits.clamp(max=1), torch.zeros_like(block.limits))
-    return _verdict(block, tokens, drafts.tokens == tokens[:, :-1])
+        return Verdict(tokens, block.limits.clamp(max=1), torch.zeros_like(block.limits), lead)
+    return replace(_verdict(block, tokens, drafts.tokens == tokens[:, :-1]), lead=lead)
 
 
 def is_classic(rule: RuleName, sampling: SamplingConfig) -> bool:
@@ -115,14 +120,14 @@ def _classic(block: Block, drafts: Drafts, logits: Tensor) -> Verdict:
     is_broken = ~logits[row, last].amax(dim=-1).isfinite()
     tokens = torch.cat((drafts.tokens, drafts.tokens[:, :1]), dim=1)
     tokens[row, last] = extra.masked_fill(is_broken, -1)
-    return Verdict(tokens, verdict.counts, last)
+    return replace(verdict, tokens=tokens)
 
 
 def _verdict(block: Block, tokens: Tensor, is_good: Tensor) -> Verdict:
     """Keep drafts up to the first bad one or the row's limit, and one token behind them."""
     within = torch.arange(is_good.shape[1], device=tokens.device) < block.limits[:, None] - 1
     accepted = (is_good & within).long().cumprod(dim=1).sum(dim=1)
-    return Verdict(tokens, torch.minimum(accepted + 1, block.limits), accepted)
+    return Verdict(tokens, torch.minimum(accepted + 1, block.limits), accepted, None)
 
 
 def _penalised(seen: Tensor, drafts: Drafts | None, logits: Tensor, penalty: float) -> Tensor:
@@ -133,6 +138,16 @@ def _penalised(seen: Tensor, drafts: Drafts | None, logits: Tensor, penalty: flo
         seen.scatter_(1, drafts.tokens[:, place - 1].clamp(min=0)[:, None], True)
         places.append(penalise(logits[:, place], seen, penalty))
     return torch.stack(places, 1)
+
+
+def _target(logits: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:
+    """The policy's own tokens, and their leads where somebody asks, (rows, tokens) each."""
+    n_each = logits.shape[1]
+    if not block.with_lead:
+        return _sample(logits, block.keys, block.positions(n_each), block.sampling), None
+    keys, positions = block.keys.repeat_interleave(n_each), block.positions(n_each).flatten()
+    tokens, lead = sample_with_lead(logits.flatten(0, 1), keys, positions, block.sampling)
+    return tokens.view(-1, n_each), lead.view(-1, n_each)
 
 
 def _sample(logits: Tensor, keys: Tensor, positions: Tensor, sampling: SamplingConfig) -> Tensor:

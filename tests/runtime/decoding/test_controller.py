@@ -33,6 +33,12 @@ def test_acceptance_is_learnt_by_place() -> None:
     assert acceptance.tokens() == pytest.approx([1, 1.8, 2.2, 2.2], abs=0.02)
 
 
+def test_what_was_measured_before_is_where_it_begins() -> None:
+    assert Controller(2, (0.9, 0.3, 0.1)).acceptance.tokens() == pytest.approx([1, 1.9, 2.17])
+    assert Controller(4, (0.99,) * 4).choose([50], 64, linear(1.0, 0.01, 1)) == 4
+    assert Controller(4, (0.1,) * 4).choose([50], 64, linear(1.0, 0.01, 1)) == 0
+
+
 def test_cheap_tokens_are_drafted_and_dear_ones_are_not() -> None:
     for rows, expected in ((1, 4), (1000, 0)):
         controller = settled(Controller(4), 0.8)

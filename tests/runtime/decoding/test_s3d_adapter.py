@@ -249,6 +249,10 @@ def test_an_adapter_of_another_policy_is_refused(tmp_path: Path) -> None:
         ({"kind": "skip"}, "other weights"),
         ({"base_hash": "../x"}, "no sha256"),
         ({"extra": 1}, "must hold exactly"),
+        ({"rates": [0.5]}, "are not 4 shares"),
+        ({"rates": [0.5, 0.5, 0.5, 1.5]}, "are not 4 shares"),
+        ({"rates": [0.5, 0.5, 0.5, float("nan")]}, "are not 4 shares"),
+        ({"rates": "0.5"}, "are not 4 shares"),
     ],
 )
 def test_a_config_that_cannot_be_true_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -299,6 +303,14 @@ def test_weights_of_other_names_sizes_kinds_or_values_are_refused(tmp_path: Path
     save_file({key: value for key, value in good.items() if key != name}, path)
     with pytest.raises(ModelError, match=name):
         load_adapter(tmp_path, policy)
+
+
+def test_measured_acceptance_is_kept_with_the_adapter(tmp_path: Path) -> None:
+    policy = _policy("llama")
+    adapter = _adapter(policy)
+    adapter.knows([0.9, 0.51239, 0.5, 0.25])
+    adapter.save(tmp_path)
+    assert load_adapter(tmp_path, policy).config.rates == (0.9, 0.5124, 0.5, 0.25)
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
