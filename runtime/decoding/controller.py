@@ -72,9 +72,8 @@ class Controller:
         are measured."""
         key = round(log2(len(rooms))), round(log2(n_slots))
         if key not in self.seconds:
-            self.seconds[key] = time_rounds(self.k, measure)
-        gap = median(self.gaps) if self.gaps else 0.0
-        seconds = [gap + one for one in self.seconds[key]]
+            self.seconds[key] = _time_rounds(self.k, measure)
+        seconds = self.times(key)
         expected = self.acceptance.tokens()
         gain = max(e * seconds[0] / s for e, s in zip(expected[1:], seconds[1:], strict=True))
         self.is_on = gain > (GAIN_TO_STAY if self.is_on else GAIN_TO_START)
@@ -88,8 +87,13 @@ class Controller:
         ]
         return max(range(len(rates)), key=rates.__getitem__)
 
+    def times(self, size: tuple[int, int]) -> list[float]:
+        """Seconds from one round to the next by drafted tokens, for a size of the batch that was measured."""
+        gap = median(self.gaps) if self.gaps else 0.0
+        return [gap + one for one in self.seconds[size]]
 
-def time_rounds(k_most: int, measure: Measure) -> list[float]:
+
+def _time_rounds(k_most: int, measure: Measure) -> list[float]:
     """Seconds for 0 to k_most drafted tokens; some are timed in turn, those between lie on a line."""
     timed = sorted({0, 1, min(3, k_most), k_most})
     for k in timed:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from runtime.decoding.budget import Costs, ElasticCosts
-from runtime.decoding.controller import time_rounds
 from runtime.decoding.rejection import CutPolicy, MemoryCuts
 from runtime.decoding.rows import RowTable
-from runtime.decoding.s3d.rounds import Clock, S3DDecoding, S3DRounds
+from runtime.decoding.s3d.rounds import S3DDecoding, S3DRounds
 from runtime.decoding.sampling import SamplingConfig
 from runtime.decoding.scheduler import Job, Scheduler
 from runtime.decoding.steps import PlainSteps, State, Steps
@@ -72,16 +71,6 @@ class Engine:
         """
         jobs = [self._job(prompt) for prompt in prompts]
         return _Run(self, jobs, self._plan(jobs)).results(on_progress)
-
-    def time_rounds(self, prompt: Prompt, clock: Clock) -> list[float]:
-        """Seconds of a round that drafts 0, 1, ... tokens behind the first ones of all answers to `prompt`."""
-        steps, job = self.steps, self._job(prompt)
-        assert isinstance(steps, S3DRounds)
-        if job.is_complete:
-            raise InputError(f"no round can be timed: {next(c.error for c in job.candidates if c)}")
-        run = _Run(self, [job], self._plan([job]))
-        run.prefill_next()
-        return time_rounds(steps.k, lambda k: steps.seconds(run.state, list(range(self.sampling.n)), k, clock))
 
     def _plan(self, jobs: Sequence[Job]) -> ArenaSize:
         return self._costs().plan([len(job.prompt_ids) for job in jobs if not job.is_complete], self.max_rows)
@@ -146,15 +135,11 @@ class _Run:
         """The loop."""
         yield from self.scheduler.results()
         while self.scheduler.has_work:
-            n_most = self.prefill_next() or self.steps.advance(self.state, self._rooms())
+            jobs = self.scheduler.start_next(self.arena.n_free_rows, self.arena.n_free_prompts)
+            n_most = self._prefill(jobs) if jobs else self.steps.advance(self.state, self._rooms())
             if self._settle(n_most) and on_progress is not None:
                 on_progress(self.n_jobs - self.scheduler.n_unfinished, self.n_jobs)
             yield from self.scheduler.results()
-
-    def prefill_next(self) -> int:
-        """Start the prompts that fit; how many tokens their rows got, 0 where none did."""
-        jobs = self.scheduler.start_next(self.arena.n_free_rows, self.arena.n_free_prompts)
-        return self._prefill(jobs) if jobs else 0
 
     def _rooms(self) -> list[int]:
         """How many tokens each row may go on until it is at full length or its prompt may have to be cut.

@@ -3,9 +3,11 @@
     .venv/bin/python tests/benchmarks/bench_s3d.py [--adapter FOLDER] [--rows 1 2 4 8 16 32 64] [--dtypes float32]
 
 Parts, each on its own with --part: `rows`, tokens per second off, with each fixed k and auto, per rows and number
-format, with E and acceptance by place; `cost`, seconds of a round, what they predict and the rows where it breaks
-even; `rejection`, Best-of-N with cuts off, auto and always. Without a trained adapter, --kind oracle drafts what the
-policy will say but for a share --wrong of all places, which measures the engine and not the adapter.
+format, with E, acceptance by place and tokens per second and GiB; `cost`, seconds of a round against a plain step, the
+speed-up that these predict and the one that is measured; `rejection`, Best-of-N with cuts off, auto and always;
+`assisted`, one row of transformers' own generate, plain and with its early-exit drafts. Without a trained adapter,
+--kind oracle drafts what the policy will say but for a share --wrong of all places, which measures the engine and not
+the adapter; --kind random is a random policy of --width and --layers, for times alone.
 """
 
 from __future__ import annotations
@@ -19,16 +21,19 @@ from typing import Any
 
 import torch
 from harness import medians, options, show
-from starter_runs import prompts
+from starter_runs import Starter, prompts
 
+from runtime.decoding.controller import Acceptance
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutPolicy, CutSchedule
 from runtime.decoding.s3d import rounds
 from runtime.decoding.s3d.adapter import S3DAdapter, load_adapter
-from runtime.decoding.s3d.rounds import S3DDecoding, S3DRounds
+from runtime.decoding.s3d.forecast import round_seconds
+from runtime.decoding.s3d.rounds import S3DDecoding
 from runtime.decoding.s3d.verify import Block, Drafts, RuleName, Verdict
 from runtime.decoding.sampling import SamplingConfig
-from runtime.models import LoadedModel, load_classifier, load_policy
+from runtime.kv.arena import KVShape
+from runtime.models import LoadedModel, encode_prompt, load_classifier, load_policy, stop_ids
 from runtime.randomness import row_key
 from runtime.records import Candidate, Prompt
 from runtime.rewards.classifier import ClassifierReward
@@ -37,6 +42,7 @@ from runtime.starter import FOLDER, path
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second where a machine is shared
 SCHEDULE = CutSchedule((10, 24), (0.5, 0.5))
+EXITS = (1, 2, 4)  # layers of transformers' early-exit drafts
 
 
 def main() -> None:
@@ -52,8 +58,10 @@ def main() -> None:
         new=64,
         prompts=8,
         n=64,
+        width=2048,
+        layers=16,
         clock="wall",
-        part=["rows", "cost", "rejection"],
+        part=["rows", "cost", "rejection", "assisted"],
     )
     for part in settings.part:
         found = [row for dtype in settings.dtypes for row in PARTS[part](Bench(settings, dtype))]
@@ -65,14 +73,24 @@ class Bench:
 
     def __init__(self, settings: argparse.Namespace, dtype: str) -> None:
         self.settings, self.dtype = settings, dtype
-        self.policy: LoadedModel = load_policy(str(path("policy")), dtype, settings.device)
-        k_most = max(settings.k)
+        self.policy = self._policy()
         if settings.kind == "adapter":
             self.adapter = load_adapter(Path(settings.adapter), self.policy)
         else:
-            self.adapter = S3DAdapter.skip_only(self.policy, *settings.keep, k_most)
+            self.adapter = S3DAdapter.skip_only(self.policy, *settings.keep, max(settings.k))
+            self.adapter.knows([1 - settings.wrong] * max(settings.k))
         self.tally: list[torch.Tensor] = []
         self._watch()
+
+    def _policy(self) -> LoadedModel:
+        settings, dtype = self.settings, self.dtype
+        if settings.kind != "random":
+            return load_policy(str(path("policy")), dtype, settings.device)
+        sizes = {"hidden_size": settings.width, "num_hidden_layers": settings.layers}
+        heads = {"num_attention_heads": settings.width // 64, "num_key_value_heads": max(1, settings.width // 256)}
+        policy = Starter.random(settings.device, sizes | heads | {"intermediate_size": 4 * settings.width}).policy
+        policy.model.to(getattr(torch, dtype))
+        return policy
 
     def arms(self) -> dict[str, S3DDecoding | None]:
         """Off, always, as many as pay."""
@@ -84,6 +102,14 @@ class Bench:
     ) -> Engine:
         sampling = SamplingConfig(n=n, max_new_tokens=self.settings.new)
         return Engine(self.policy, sampling, cuts or CutSchedule(), reward, n, s3d=s3d)
+
+    def gibibytes(self, n: int, asked: Sequence[Prompt], s3d: S3DDecoding | None) -> float:
+        """Weights, keys and values, and what drafts."""
+        engine, model = self.engine(n, None), self.policy.model
+        size = engine._plan([engine._job(prompt) for prompt in asked])
+        kept = size.n_tokens * KVShape.of(model).n_bytes(1, model.dtype)
+        weights = sum(one.nbytes for one in model.parameters())
+        return (weights + kept + (s3d.adapter.n_bytes if s3d else 0)) / 2**30
 
     def _watch(self) -> None:
         original = _ORIGINAL_VERIFY
@@ -133,13 +159,15 @@ def by_rows(bench: Bench) -> list[dict[str, object]]:
             bench.tally.clear()
             answers = [c for each in engine.generate(asked) for c in each]
             same = sum(c.token_ids == p.token_ids for c, p in zip(answers, plain, strict=True)) / len(plain)
+            speed = sum(c.n_tokens for c in answers) / seconds[name]
             found.append(
                 {
                     "dtype": bench.dtype,
                     "rows": n,
                     "arm": name,
-                    "tokens/s": sum(c.n_tokens for c in answers) / seconds[name],
+                    "tokens/s": speed,
                     "x plain": seconds["off"] / seconds[name],
+                    "tokens/s/GiB": speed / bench.gibibytes(n, asked, bench.arms()[name]),
                     "same": same,
                     **_accepted(bench.tally),
                 }
@@ -148,24 +176,63 @@ def by_rows(bench: Bench) -> list[dict[str, object]]:
 
 
 def costs(bench: Bench) -> list[dict[str, object]]:
-    """Measured seconds of rounds, and the E that each needs to break even; predicted is the best k at the E found."""
+    """Seconds of rounds against a plain step: the E from which they pay, and what is predicted and measured."""
     found: list[dict[str, object]] = []
+    expected = Acceptance(bench.adapter.config.k, bench.adapter.config.rates).tokens()
+    clock = CLOCKS[bench.settings.clock]
     for n in bench.settings.rows:
-        engine = bench.engine(n, bench.arms()["auto"])
         asked = prompts(0, max(2, min(bench.settings.prompts, 64 // n)))
+        plain = bench.engine(n, None)
         if bench.settings.kind == "oracle":
-            bench.oracle([c for answers in bench.engine(n, None).generate(asked) for c in answers])
-        list(engine.generate(asked))
-        assert isinstance(engine.steps, S3DRounds) and engine.steps.controller is not None
-        controller = engine.steps.controller
-        expected = controller.acceptance.tokens()
-        seconds = next(iter(controller.seconds.values()))
-        predicted = [e * seconds[0] / s for e, s in zip(expected, seconds, strict=True)]
-        best = max(range(len(predicted)), key=predicted.__getitem__)
-        row: dict[str, object] = {"dtype": bench.dtype, "rows": n, "plain ms": 1000 * seconds[0]}
-        row |= {f"need E k={k}": one / seconds[0] for k, one in enumerate(seconds) if k}
-        found.append(row | {"E": expected[-1], "best k": best, "predicted x": predicted[best]})
+            bench.oracle([c for answers in plain.generate(asked) for c in answers])
+        rounds_of = round_seconds(bench.policy, S3DDecoding(bench.adapter, clock=clock), asked[0], n)
+        for k in bench.settings.k:
+            row: dict[str, object] = {"dtype": bench.dtype, "rows": n, "k": k, "plain ms": 1000 * rounds_of[0]}
+            row |= {"needed E": rounds_of[k] / rounds_of[0], "E": expected[k]}
+            row |= {"predicted x": expected[k] * rounds_of[0] / rounds_of[k]}
+            if bench.settings.kind != "random":
+                engines = {"off": plain, "s3d": bench.engine(n, S3DDecoding(bench.adapter, k))}
+                seconds = medians(_runs(engines, asked), bench.settings.repeats, bench.settings.device, clock)
+                row["measured x"] = seconds["off"] / seconds["s3d"]
+            found.append(row)
     return found
+
+
+def assisted(bench: Bench) -> list[dict[str, object]]:
+    """One greedy row: transformers' generate, plain and with drafts of its first layers, against this engine."""
+    if bench.settings.kind != "adapter":
+        return []
+    asked = prompts(0, bench.settings.prompts)
+    other = load_policy(str(path("policy")), bench.dtype, bench.settings.device)  # attends in its own way
+    texts = [torch.tensor([encode_prompt(other.tokenizer, p.messages, "chat")]) for p in asked]
+    model: Any = other.model
+
+    def generate(early_exit: int) -> list[list[int]]:
+        more = {"assistant_early_exit": early_exit} if early_exit else {}
+        limits = {"max_new_tokens": bench.settings.new, "do_sample": False, "eos_token_id": sorted(stop_ids(other))}
+        found = [model.generate(text.to(model.device), **limits, **more) for text in texts]
+        return [ids[0, text.shape[1] :].tolist() for ids, text in zip(found, texts, strict=True)]
+
+    def decode(s3d: S3DDecoding | None) -> list[list[int]]:
+        sampling = SamplingConfig(n=1, temperature=0, max_new_tokens=bench.settings.new)
+        engine = Engine(bench.policy, sampling, CutSchedule(), None, 1, s3d=s3d)
+        return [list(c.token_ids) for answers in engine.generate(asked) for c in answers]
+
+    arms: dict[str, Callable[[], list[list[int]]]] = {"generate": lambda: generate(0)}
+    arms |= {f"generate, exit after {n}": lambda n=n: generate(n) for n in EXITS}
+    arms |= {f"engine, {name}": lambda s3d=s3d: decode(s3d) for name, s3d in bench.arms().items()}
+    seconds = medians(arms, bench.settings.repeats, bench.settings.device, CLOCKS[bench.settings.clock])
+    plain = arms["generate"]()
+    return [
+        {
+            "dtype": bench.dtype,
+            "arm": name,
+            "tokens/s": sum(map(len, texts_of := arms[name]())) / seconds[name],
+            "x generate": seconds["generate"] / seconds[name],
+            "same": sum(a == b for a, b in zip(texts_of, plain, strict=True)) / len(plain),
+        }
+        for name in arms
+    ]
 
 
 def with_rejection(bench: Bench) -> list[dict[str, object]]:
@@ -222,6 +289,7 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, object]]]] = {
     "rows": by_rows,
     "cost": costs,
     "rejection": with_rejection,
+    "assisted": assisted,
 }
 
 

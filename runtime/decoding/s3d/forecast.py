@@ -7,11 +7,13 @@ from runtime.decoding.controller import Acceptance
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.s3d.adapter import S3DAdapter
-from runtime.decoding.s3d.rounds import Clock, S3DDecoding
+from runtime.decoding.s3d.rounds import Clock, S3DDecoding, S3DRounds
 from runtime.decoding.sampling import SamplingConfig
-from runtime.errors import ModelError
+from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel, PromptFormat
 from runtime.records import Prompt
+
+N_TIMED = 4  # full rounds of an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +41,22 @@ def forecast(
     if not rates:
         raise ModelError("the S3D adapter does not say how often its drafts are accepted; run `winnow adapt`")
     expected = Acceptance(adapter.config.k, rates).tokens()
-    found = []
-    for n in rows:
-        sampling = SamplingConfig(n=n, max_new_tokens=4 * (adapter.config.k + 1))
-        s3d = S3DDecoding(adapter, clock=clock)
-        engine = Engine(policy, sampling, CutSchedule(), None, n, prompt_format, s3d=s3d)
-        found.append(_best(n, expected, engine.time_rounds(prompt, clock)))
-    return found
+    s3d = S3DDecoding(adapter, clock=clock)
+    return [_best(n, expected, round_seconds(policy, s3d, prompt, n, prompt_format)) for n in rows]
+
+
+def round_seconds(
+    policy: LoadedModel, s3d: S3DDecoding, prompt: Prompt, rows: int, prompt_format: PromptFormat = "chat"
+) -> list[float]:
+    """Seconds from round to round by drafted tokens, while `rows` answers to `prompt` begin."""
+    sampling = SamplingConfig(n=rows, max_new_tokens=N_TIMED * (s3d.adapter.config.k + 1))
+    engine = Engine(policy, sampling, CutSchedule(), None, rows, prompt_format, s3d=s3d)
+    [answers] = engine.generate([prompt])
+    assert isinstance(engine.steps, S3DRounds) and engine.steps.controller is not None
+    controller = engine.steps.controller
+    if not controller.seconds:
+        raise InputError(f"no round can be timed: {answers[0].error}")
+    return controller.times(next(iter(controller.seconds)))
 
 
 def _best(rows: int, expected: Sequence[float], seconds: Sequence[float]) -> Forecast:

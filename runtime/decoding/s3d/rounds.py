@@ -64,8 +64,9 @@ class S3DRounds:
         rooms = [rooms[row] for row in active]
         k = min(self._wanted(state, active, rooms), max(rooms) - 1)
         if k == 0 and len(active) == state.arena.n_rows and min(rooms) > 0:
-            self._ended = None
-            return self.plain.advance(state, rooms)
+            n_steps = self.plain.advance(state, rooms)
+            self._note_end()
+            return n_steps
         verdict, index = self._round(state, k, active, [min(k + 1, room) for room in rooms])
         if verdict.lead is not None:
             state.ties.settle_blocks(state.rows, index, verdict.tokens, verdict.lead, verdict.counts)
@@ -83,10 +84,9 @@ class S3DRounds:
             self.controller.gaps.append(clock() - self._ended)
             self._ended = None
         n_slots = state.arena.n_slots + max(state.arena.prompt_lengths)
-        return self.controller.choose(rooms, n_slots, lambda k: self.seconds(state, active, k, clock))
+        return self.controller.choose(rooms, n_slots, lambda k: self._seconds(state, active, k, clock))
 
-    @torch.inference_mode()
-    def seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
+    def _seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
         """Time a round whose result is dropped; what it stores lies behind the rows' lengths."""
         _wait(state)
         started = clock()
@@ -124,8 +124,11 @@ class S3DRounds:
         reached = [sum(d > place <= a for d, a in zip(drafted, accepted, strict=True)) for place in range(self.k)]
         stayed = [sum(a > place for a in accepted) for place in range(self.k)]
         self.controller.acceptance.observe(reached, stayed)
-        assert self.s3d.clock is not None
-        self._ended = self.s3d.clock()
+        self._note_end()
+
+    def _note_end(self) -> None:
+        if self.s3d.clock is not None:
+            self._ended = self.s3d.clock()
 
 
 def _wait(state: State) -> None:

@@ -1,11 +1,12 @@
 """What S3D is worth is the tokens of a round over its time, both in units of plain decoding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from runtime.decoding.s3d.adapter import S3DAdapter
 from runtime.decoding.s3d.forecast import Forecast, forecast
+from runtime.decoding.s3d.rounds import S3DRounds
 from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel
 from runtime.records import Message, Prompt
@@ -13,21 +14,18 @@ from runtime.records import Message, Prompt
 PROMPT = Prompt("p", (Message("user", "How many?"),), "all")
 
 
-class Rounds:
-    """A clock by which the rounds of `time_rounds` (0, 1, 3 and 4 drafts in turn) take given seconds."""
+def _still() -> float:
+    return 0.0
 
-    def __init__(self, seconds: Sequence[float]) -> None:
-        self.now, self.is_start, self.turn = 0.0, True, self._turns(seconds)
 
-    def _turns(self, seconds: Sequence[float]) -> Iterator[float]:
-        while True:
-            yield from seconds
+@pytest.fixture
+def rounds_take(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let rounds take given seconds by drafted tokens."""
 
-    def __call__(self) -> float:
-        if not self.is_start:
-            self.now += next(self.turn)
-        self.is_start = not self.is_start
-        return self.now
+    def install(*seconds: float) -> None:
+        monkeypatch.setattr(S3DRounds, "_seconds", lambda self, state, active, k, clock: seconds[k])
+
+    return install
 
 
 def _adapter(policy: LoadedModel, rates: Sequence[float]) -> S3DAdapter:
@@ -36,9 +34,12 @@ def _adapter(policy: LoadedModel, rates: Sequence[float]) -> S3DAdapter:
     return adapter
 
 
-def test_the_best_number_of_drafts_is_found_for_every_number_of_rows(tiny_policy: LoadedModel) -> None:
+def test_the_best_number_of_drafts_is_found_for_every_number_of_rows(
+    tiny_policy: LoadedModel, rounds_take: Callable[..., None]
+) -> None:
+    rounds_take(1.0, 1.2, 0.0, 1.4, 2.4)
     adapter = _adapter(tiny_policy, (0.8, 0.5, 0.5, 0.5))
-    found = forecast(tiny_policy, adapter, PROMPT, [1, 3], Rounds((1.0, 1.2, 1.4, 2.4)), "text")
+    found = forecast(tiny_policy, adapter, PROMPT, [1, 3], _still, "text")
     # E = 1, 1.8, 2.2, 2.4, 2.5 over 1, 1.2, 1.3, 1.4, 2.4
     assert [(f.rows, f.k) for f in found] == [(1, 3), (3, 3)]
     assert [f.tokens_per_round for f in found] == pytest.approx([2.4, 2.4])
@@ -46,19 +47,22 @@ def test_the_best_number_of_drafts_is_found_for_every_number_of_rows(tiny_policy
     assert [f.speedup for f in found] == pytest.approx([2.4 / 1.4] * 2)
 
 
-def test_where_no_number_pays_plain_decoding_is_foreseen(tiny_policy: LoadedModel) -> None:
+def test_where_no_number_pays_plain_decoding_is_foreseen(
+    tiny_policy: LoadedModel, rounds_take: Callable[..., None]
+) -> None:
+    rounds_take(1.0, 3.0, 0.0, 4.0, 5.0)
     adapter = _adapter(tiny_policy, (0.5, 0.5, 0.5, 0.5))
-    found = forecast(tiny_policy, adapter, PROMPT, [2], Rounds((1.0, 3.0, 4.0, 5.0)), "text")
+    found = forecast(tiny_policy, adapter, PROMPT, [2], _still, "text")
     assert found == [Forecast(2, 0, 1.5, 3.0, 1.0)]
 
 
 def test_an_adapter_of_unknown_acceptance_is_refused(tiny_policy: LoadedModel) -> None:
     adapter = S3DAdapter.skip_only(tiny_policy, 1, 1, 4)
     with pytest.raises(ModelError, match="does not say how often"):
-        forecast(tiny_policy, adapter, PROMPT, [1], Rounds((1.0,)), "text")
+        forecast(tiny_policy, adapter, PROMPT, [1], _still, "text")
 
 
 def test_a_prompt_that_does_not_fit_is_named(tiny_policy: LoadedModel) -> None:
     long = Prompt("p", (Message("user", "x" * 2000),), "all")
     with pytest.raises(InputError, match="no round can be timed: prompt of 2000 tokens"):
-        forecast(tiny_policy, _adapter(tiny_policy, (0.5,) * 4), long, [1], Rounds((1.0,)), "text")
+        forecast(tiny_policy, _adapter(tiny_policy, (0.5,) * 4), long, [1], _still, "text")
