@@ -156,15 +156,15 @@ class _OfflineTrainer(Trainer):
     ) -> Any:
         """Mean of the method's per-sample losses."""
         batch = Batch(inputs["token_ids"], inputs["mask"], inputs["is_answer"])
-        logps = _logps(model, batch)
+        answers = _answers(model, batch)
         if self.config.method == "dpo":
-            reference = losses.PairLogps(inputs["reference_chosen"], inputs["reference_rejected"])
-            found = losses.dpo(_halves(logps), reference, self.config.beta, self.config.label_smoothing)
+            policy = _halves(answers)
+            reference = _reference_of(policy, inputs["reference_chosen"], inputs["reference_rejected"])
+            found = losses.dpo(policy, reference, self.config.beta, self.config.label_smoothing)
             if self.config.nll_weight:
-                n_tokens = batch.is_answer.sum(dim=-1).chunk(2)[0]
-                found = losses.with_nll(found, logps.chunk(2)[0], n_tokens, self.config.nll_weight)
+                found = losses.with_nll(found, policy.chosen, self.config.nll_weight)
         else:
-            found = losses.sft(logps, batch.is_answer.sum(dim=-1))
+            found = losses.sft(answers)
         loss = found.per_sample.mean()
         if not math.isfinite(loss.item()):
             raise ModelError(f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate")
@@ -263,18 +263,15 @@ def _without_dropout(model: nn.Module) -> None:
 def _with_reference(loaded: LoadedModel, pairs: Sequence[EncodedPair], config: OfflineConfig) -> list[_Item]:
     if config.method != "dpo":
         return [_Item(pair) for pair in pairs]
-    logps = _all_logps(loaded.model, loaded, pairs, config)
-    return [
-        _Item(pair, chosen, rejected)
-        for pair, chosen, rejected in zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
-    ]
+    chosen, rejected = _all_logps(loaded.model, loaded, pairs, config)
+    return [_Item(pair, *logps) for pair, *logps in zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)]
 
 
 @torch.no_grad()
 def _all_logps(
     model: nn.Module, loaded: LoadedModel, pairs: Sequence[EncodedPair], config: OfflineConfig
-) -> losses.PairLogps:
-    """Log-probabilities of all pairs, in their order."""
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all chosen and all rejected answers, in the pairs' order."""
     model.eval()
     device = next(model.parameters()).device
     chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
@@ -284,17 +281,21 @@ def _all_logps(
         batch = collate([pairs[index] for index in indices], loaded.tokenizer.pad_token_id, with_rejected=True)
         moved = Batch(batch.token_ids.to(device), batch.mask.to(device), batch.is_answer.to(device))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logps = _halves(_logps(model, moved))
-        chosen[indices], rejected[indices] = logps.chosen.cpu(), logps.rejected.cpu()
-    return losses.PairLogps(chosen, rejected)
+            logps = _answers(model, moved).logps.cpu()
+        chosen[indices], rejected[indices] = logps.chunk(2)
+    return chosen, rejected
 
 
 def _group_figures(
     model: nn.Module, loaded: LoadedModel, items: Sequence[_Item], config: OfflineConfig
 ) -> dict[str, dict[str, float]]:
     """Reward accuracy and margin of every group over the training pairs, with the final weights."""
-    policy = _all_logps(model, loaded, [item.pair for item in items], config)
-    reference = losses.PairLogps(
+    logps = _all_logps(model, loaded, [item.pair for item in items], config)
+    n_chosen = torch.tensor([len(item.pair.chosen) - item.pair.n_prompt for item in items])
+    n_rejected = torch.tensor([len(item.pair.rejected) - item.pair.n_prompt for item in items])
+    policy = losses.PairLogps(losses.AnswerLogps(logps[0], n_chosen), losses.AnswerLogps(logps[1], n_rejected))
+    reference = _reference_of(
+        policy,
         torch.tensor([item.reference_chosen for item in items]),
         torch.tensor([item.reference_rejected for item in items]),
     )
@@ -310,11 +311,20 @@ def _group_figures(
     return figures
 
 
-def _logps(model: nn.Module, batch: Batch) -> Tensor:
+def _answers(model: nn.Module, batch: Batch) -> losses.AnswerLogps:
     output = model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False)
-    return losses.answer_logps(output.logits, batch.token_ids, batch.is_answer)
+    logps = losses.answer_logps(output.logits, batch.token_ids, batch.is_answer)
+    return losses.AnswerLogps(logps, batch.is_answer.sum(dim=-1))
 
 
-def _halves(logps: Tensor) -> losses.PairLogps:
-    chosen, rejected = logps.chunk(2)
+def _halves(answers: losses.AnswerLogps) -> losses.PairLogps:
+    chosen, rejected = map(losses.AnswerLogps, answers.logps.chunk(2), answers.n_tokens.chunk(2))
     return losses.PairLogps(chosen, rejected)
+
+
+def _reference_of(policy: losses.PairLogps, chosen: Tensor, rejected: Tensor) -> losses.PairLogps:
+    """The stored log-probabilities of the same answers."""
+    assert policy.rejected is not None
+    return losses.PairLogps(
+        losses.AnswerLogps(chosen, policy.chosen.n_tokens), losses.AnswerLogps(rejected, policy.rejected.n_tokens)
+    )
