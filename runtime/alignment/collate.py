@@ -22,6 +22,7 @@ class PreferenceRow:
     messages: tuple[Message, ...]
     chosen: str
     rejected: str
+    score_margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class EncodedPair:
     chosen: list[int]
     rejected: list[int]
     n_prompt: int
+    score_margin: float | None = None
 
     @property
     def length(self) -> int:
@@ -70,7 +72,7 @@ def encode_pairs(
         except InputError:
             dropped["refused"] += 1
             continue
-        pair = EncodedPair(row.group, chosen, rejected, n_prompt)
+        pair = EncodedPair(row.group, chosen, rejected, n_prompt, row.score_margin)
         if pair.length > max_length:
             dropped["too_long"] += 1
         else:
