@@ -43,11 +43,17 @@ class EncodedPair:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded rows: all chosen answers, then (for pairs) all rejected ones in the same order."""
+    """Right-padded rows: all chosen answers, then (for pairs) all rejected ones in the same order.
+
+    Packed rows hold several samples: `positions` start at 0 with each, `samples` number them over the whole batch.
+    """
 
     token_ids: Tensor  # (rows, T) int64
     mask: Tensor  # (rows, T) int64, 0 on padding
     is_answer: Tensor  # (rows, T) bool
+    positions: Tensor | None = None  # (rows, T) int64
+    samples: Tensor | None = None  # (rows, T) int64
+    n_samples: int = 0
 
 
 def encode_pairs(
