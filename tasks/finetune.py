@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from runtime.alignment.report import TrainingReport
 
 # Of a group's figures, those that the summary shows; the table `training` has all.
-SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl": "kl"}
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl_per_token": "kl_per_token"}
 
 
 def prepare(config: FinetuneConfig, lake: Lake) -> Step:

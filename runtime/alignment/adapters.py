@@ -19,11 +19,12 @@ REFERENCE = "reference"  # name of the frozen copy of an adapter that is trained
 Prints = Mapping[str, tuple[float, float]]
 
 
-def with_adapters(model: PreTrainedModel, lora: LoraSettings | None, task_type: str = "CAUSAL_LM") -> PreTrainedModel:
+def with_adapters(model: PreTrainedModel, lora: LoraSettings | None, task_type: str, seed: int) -> PreTrainedModel:
     """The model as it is trained; ModelError when nothing of it would be."""
-    if lora is not None:
-        found = _new_adapter(model, lora, task_type) if lora.adapter is None else _known_adapter(model, lora.adapter)
-        model = cast(PreTrainedModel, found)
+    if lora is not None and lora.adapter is not None:
+        model = cast(PreTrainedModel, _known_adapter(model, lora.adapter))
+    elif lora is not None:
+        model = cast(PreTrainedModel, _new_adapter(model, lora, task_type, seed))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError(
             "no weight of the model can be trained (an adapter loaded for use only?); "
@@ -59,7 +60,7 @@ def check_moved(before: Prints, after: Prints) -> None:
         raise ModelError("training has not moved a single weight; raise learning_rate or epochs")
 
 
-def _new_adapter(model: PreTrainedModel, lora: LoraSettings, task_type: str) -> object:
+def _new_adapter(model: PreTrainedModel, lora: LoraSettings, task_type: str, seed: int) -> object:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -69,7 +70,9 @@ def _new_adapter(model: PreTrainedModel, lora: LoraSettings, task_type: str) -> 
         task_type=task_type,
     )
     try:
-        return get_peft_model(model, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # half of the new weights are drawn
+            return get_peft_model(model, settings)
     except ValueError as error:
         named = ", ".join(lora.targets)
         raise ModelError(f"lora_targets = {named}: {str(error).splitlines()[0]}") from error

@@ -1,7 +1,7 @@
 """Pairs on their way through the trainer: as items, as batches of tensors, and under the model's wrappers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from runtime.alignment.collate import Batch, EncodedPair
 from runtime.alignment.losses import Losses
 
+TENSORS = ("token_ids", "mask", "is_answer", "positions", "samples")  # of a Batch
 Inputs = Mapping[str, Tensor]
 Result = TypeVar("Result")
 
@@ -65,11 +66,13 @@ def within(model: nn.Module, compute: Callable[[nn.Module], Result]) -> Result:
 
 
 def as_batch(inputs: Inputs, prefix: str = "") -> Batch:
-    """The batch that `collate` spread over fields."""
-    return Batch(**{field.name: inputs.get(f"{prefix}{field.name}") for field in fields(Batch)})  # type: ignore[arg-type]
+    """The batch that `as_inputs` spread over fields."""
+    parts = {name: inputs.get(f"{prefix}{name}") for name in TENSORS}
+    n_samples = len(inputs["group_ids"]) if parts["samples"] is not None else 0
+    return Batch(**parts, n_samples=n_samples)  # type: ignore[arg-type]
 
 
 def as_inputs(batch: Batch, prefix: str = "") -> dict[str, Tensor]:
     """A batch as fields, for the Trainer to move."""
-    parts = ((field.name, getattr(batch, field.name)) for field in fields(Batch))
-    return {f"{prefix}{name}": value for name, value in parts if isinstance(value, Tensor)}
+    parts = ((name, getattr(batch, name)) for name in TENSORS)
+    return {f"{prefix}{name}": value for name, value in parts if value is not None}

@@ -1,20 +1,17 @@
 """What is computed on a batch of pairs: a method's losses, with what the method asks of the reference."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from runtime.alignment.collate import Batch, EncodedPair, collate
-from runtime.alignment.items import Inputs, Item, as_batch, as_inputs, within
-from runtime.alignment.logps import answer_logps, answer_logps_and_kl
+from runtime.alignment.collate import EncodedPair, collate
+from runtime.alignment.items import Inputs, Item, as_batch, as_inputs
+from runtime.alignment.logps import Reference, answer_logps, answer_logps_and_kl
 from runtime.alignment.losses import AnswerLogps, Losses, LossSettings, PairLogps, needs, pair_losses
 from runtime.errors import InputError
 
-# A frozen model, or a context in which the policy is the reference (its adapter off, or a frozen one on).
-Reference = nn.Module | Callable[[], AbstractContextManager[object]]
 OTHER = "other_"  # prefix of the fields of the batch of mismatched answers
 
 
@@ -30,7 +27,7 @@ class PolicyObjective:
         found = list(items)
         if self.needs.mismatched:
             found = [replace(item, other=other) for item, other in zip(found, _mismatched(found), strict=True)]
-        if self.needs.reference == "none":
+        if self.needs.reference != "logps":
             return found
         order = sorted(range(len(found)), key=lambda index: found[index].pair.length)
         for start in range(0, len(order), batch_size):
@@ -55,29 +52,23 @@ class PolicyObjective:
 
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """See Objective."""
-        policy = self._pairs(self._answers(model, as_batch(inputs)))
-        reference = None
-        if self.needs.reference != "none":
+        batch, reference, mismatched = as_batch(inputs), None, None
+        if self.needs.reference == "logits":
+            assert self.reference is not None, f"{self.settings.method} keeps its reference"
+            policy, reference = map(self._pairs, answer_logps_and_kl(model, self.reference, batch))
+        else:
+            policy = self._pairs(answer_logps(model, batch, whole_sequence=self.needs.whole_sequence))
+        if self.needs.reference == "logps":
             chosen = replace(policy.chosen, logps=inputs["reference_chosen"])
             rejected = policy.rejected and replace(policy.rejected, logps=inputs["reference_rejected"])
             reference = PairLogps(chosen, rejected)
-        mismatched = None
         if self.needs.mismatched:
             with torch.no_grad():
-                others = within(model, lambda inner: answer_logps(inner, as_batch(inputs, OTHER)))
-            mismatched = (others.logps, inputs["other_reference"])
+                mismatched = (answer_logps(model, as_batch(inputs, OTHER)).logps, inputs["other_reference"])
         found = pair_losses(self.settings, policy, reference, mismatched)
-        if reference is not None and "kl" not in found.metrics:
-            found.metrics["kl"] = _divergence(policy, reference)
+        if reference is not None:
+            found.metrics["kl_per_token"] = _divergence(policy, reference)
         return found
-
-    def _answers(self, model: nn.Module, batch: Batch) -> AnswerLogps:
-        if self.needs.reference == "logits":
-            reference = self.reference
-            assert reference is not None, f"{self.settings.method} keeps its reference"
-            return within(model, lambda inner: answer_logps_and_kl(inner, reference, batch))
-        whole = self.needs.whole_sequence
-        return within(model, lambda inner: answer_logps(inner, batch, whole_sequence=whole))
 
     def _pairs(self, answers: AnswerLogps) -> PairLogps:
         if not self.needs.rejected:

@@ -57,7 +57,7 @@ def train_offline(
             f"eval_steps = {config.watch.eval_steps}, but no held-out pair is left; set 0 or hold some out"
         )
     is_reward = isinstance(config.loss, RewardSettings)
-    model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM")
+    model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
     objective = _objective(model, loaded, config)
     split = _split(pairs, held_out, loaded, config)
     trainer = _trainer(model, objective, split, config, places)
