@@ -169,13 +169,15 @@ class OfflineTrainer(Trainer):
 
     def keep(self, split: str, figures: Figures) -> None:
         """Put figures, extremes and group weights into the record."""
-        step = self.state.global_step
+        step, shown = self.state.global_step, {name: dict(values) for name, values in figures.items()}
+        shown[ALL] |= extremes(figures)
         if self.config.groups.reducer != "mean" and split == "train":
+            # All of them: one that has no pair in this step has a weight too.
             for name, weight in zip(self.reducer.names, self.reducer.weights.tolist(), strict=True):
-                figures[name] = figures.get(name, {}) | {"weight": weight}
-        for name, values in figures.items():
-            shown = values | (extremes(figures) if name == ALL else {})
-            self.points += [Point(step, split, name or None, metric, value) for metric, value in shown.items()]
+                shown.setdefault(name, {})["weight"] = weight
+        for name, values in shown.items():
+            known = ((metric, value) for metric, value in values.items() if metric != "pairs")
+            self.points += [Point(step, split, name or None, metric, value) for metric, value in known]
 
     @property
     def was_evaluated(self) -> bool:
