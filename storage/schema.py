@@ -91,6 +91,8 @@ TRAINING = pa.schema(
         pa.field("step", pa.int64(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
+        # Null where a figure is of all pairs.
+        pa.field("group", pa.string()),
     ]
 )
 TABLES: dict[str, pa.Schema] = {

@@ -23,7 +23,7 @@ STAGE_VERSIONS = {
     "adapt": 1,
     "score": 1,
     "assemble": 2,
-    "finetune": 1,
+    "finetune": 2,
     "evaluate": 1,
     "export": 1,
 }

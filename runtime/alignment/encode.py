@@ -29,6 +29,7 @@ class PreferenceRow:
     messages: tuple[Message, ...]
     chosen: str | tuple[Message, ...]
     rejected: str | tuple[Message, ...]
+    score_margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class EncodedPair:
     chosen: list[int]
     rejected: list[int]
     n_prompt: int
+    score_margin: float | None = None
     prompt_id: str = ""
     row: int = 0
     chosen_spans: Spans = ()
@@ -130,9 +132,8 @@ class _Encoder:
             raise _Dropped("empty_answer")
         if chosen_ids == rejected_ids:
             raise _Dropped("equal_answers")
-        return EncodedPair(
-            row.group, chosen_ids, rejected_ids, n_prompt, row.prompt_id, number, chosen_spans, rejected_spans
-        )
+        origin = (row.score_margin, row.prompt_id, number)
+        return EncodedPair(row.group, chosen_ids, rejected_ids, n_prompt, *origin, chosen_spans, rejected_spans)
 
     def _conversation(self, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[int], Spans]:
         """Token ids up to the last end token, and where the assistant speaks (nothing for a single message)."""

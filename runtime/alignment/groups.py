@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from runtime.errors import ConfigError, InputError
+from runtime.errors import ConfigError, InputError, ModelError
 
 Reducer = Literal["mean", "importance", "robust"]
 State = dict[str, list[str] | list[int] | list[float] | list[list[float]]]
@@ -110,7 +110,7 @@ class GroupReducer:
         totals, n_seen = (self.sums if sums is None else sums).to("cpu", torch.float64)
         if self.settings.reducer == "robust" and n_seen.sum() > 0:
             if not totals.isfinite().all():
-                raise InputError(f"the losses of the groups sum to {totals.tolist()}; lower learning_rate")
+                raise ModelError(f"the losses of the groups sum to {totals.tolist()}; lower learning_rate")
             adjusted = totals + n_seen * self.settings.adjustment / self.counts.sqrt()
             moved = self._log_weights + self.settings.step_size * self._scales * adjusted / n_seen.sum()
             self._log_weights = moved - moved.logsumexp(dim=0)

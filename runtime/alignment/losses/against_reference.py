@@ -5,6 +5,7 @@ w and l are the chosen and the rejected answer, S is a sum of log-probabilities,
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -40,7 +41,7 @@ def dpop(policy: PairLogps, reference: PairLogps, beta: float, penalty_weight: f
     The penalty holds the chosen answer at least as likely as under the reference.
     """
     won, lost = _gains(policy, reference)
-    fall = (-won).clamp(min=0)
+    fall = torch.relu(-won)  # not clamp: at first nothing has fallen, and its gradient there would be the penalty's
     per_sample = -logsigmoid(beta * (won - lost - penalty_weight * fall))
     extra = {"penalty": (beta * penalty_weight * fall).detach(), "penalty_active": (fall > 0).to(fall.dtype)}
     return Losses(per_sample, _metrics(policy, beta * won, beta * lost) | extra)

@@ -72,10 +72,8 @@ class LossSettings:
         self._check_numbers()
         if self.method == "ipo" and self.length_norm is None:
             raise ConfigError('ipo without length_norm; set "sum" (the paper) or "mean" (per token, as TRL)')
-        if self.preset == "trl" and self.method == "dpo" and self.label_smoothing:
-            raise ConfigError(
-                f"label_smoothing = {self.label_smoothing} does nothing in TRL's dpo; set 0 or preset = paper"
-            )
+        if self.preset == "trl":
+            self._check_trl()
 
     @property
     def scale(self) -> float:
@@ -105,6 +103,12 @@ class LossSettings:
             if getattr(self, name) not in allowed:
                 known = ", ".join(str(value) for value in allowed if value is not None)
                 raise ConfigError(f'{name} = "{getattr(self, name)}"; choose one of {known}')
+
+    def _check_trl(self) -> None:
+        if self.method in ("dpop", "tdpo1", "tdpo2"):
+            raise ConfigError(f'TRL has no {self.method}, so preset = "trl" means nothing; use "paper"')
+        if self.method == "dpo" and self.label_smoothing:
+            raise ConfigError(f'TRL\'s dpo ignores label_smoothing = {self.label_smoothing}; use preset = "paper" or 0')
 
     def _check_unread(self) -> None:
         for name, default in UNREAD.items():
