@@ -137,8 +137,8 @@ class _Encoder:
 
     def _conversation(self, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[int], Spans]:
         """Token ids up to the last end token, and where the assistant speaks (nothing for a single message)."""
-        if not answer or not _speaks(answer[-1]):
-            raise InputError("an answer ends with a message of the assistant")
+        if not answer or not _speaks(answer[0]) or not _speaks(answer[-1]):
+            raise InputError("an answer starts and ends with a message of the assistant")
         found, n_prompt = encode_answer(self.tokenizer, prompt, answer, self.prompt_format)
         ids = self._ended(found, n_prompt)
         if len(answer) == 1:
