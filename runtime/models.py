@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import InputError, ModelError, TemplateError
 from runtime.records import Message
 
 PromptFormat = Literal["chat", "text"]
@@ -141,26 +141,32 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, format: PromptFormat
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    response: str | Sequence[Message],
+    format: PromptFormat,
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation with its closing tokens, and how many of them are the prompt.
 
-    The prompt ids (`encode_prompt`) are always a prefix: where the tokenizer would merge characters across the
-    border, prompt and answer are encoded apart, as they are when the answer is sampled.
+    A response is a text, or messages where a tool or the user speaks in between. The prompt ids (`encode_prompt`) are
+    always a prefix: where the tokenizer would merge characters across the border, prompt and answer are encoded apart,
+    as they are when the answer is sampled.
     """
     prompt_ids = encode_prompt(tokenizer, messages, format)
+    answer = [Message("assistant", response)] if isinstance(response, str) else response
     if format == "text":
-        answer_ids = _encode(tokenizer, response, add_special_tokens=False)
+        if len(answer) != 1:
+            raise InputError(f'an answer of {len(answer)} messages cannot be raw text; set prompt_format = "chat"')
+        answer_ids = _encode(tokenizer, answer[0].content, add_special_tokens=False)
         end = tokenizer.eos_token_id
         return prompt_ids + answer_ids + ([int(cast(int, end))] if end is not None else []), len(prompt_ids)
     prompt_text = _render(tokenizer, messages, add_generation_prompt=True)
-    conversation = [*messages, Message("assistant", response)]
-    text = _render(tokenizer, conversation, add_generation_prompt=False)
+    text = _render(tokenizer, [*messages, *answer], add_generation_prompt=False)
     token_ids = _encode_rendered(tokenizer, text)
     if token_ids[: len(prompt_ids)] == prompt_ids:
         return token_ids, len(prompt_ids)
     if not text.startswith(prompt_text):
-        raise ModelError(
+        raise TemplateError(
             "the chat template renders the prompt differently once it is answered; "
             'use a template whose generation prompt is a prefix, or set prompt_format = "text"'
         )

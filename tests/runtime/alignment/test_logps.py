@@ -7,51 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from runtime.alignment.collate import Batch, EncodedPair, collate
 from runtime.alignment.logps import answer_logps, answer_logps_and_kl, unwrapped
 from runtime.errors import ConfigError, ModelError
-
-SIZES = {
-    "vocab_size": 67,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# What differs between hidden states and logits: nothing, a shared matrix, soft-capping, scaling, a bias.
-MODELS: dict[str, dict[str, object]] = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "gemma2": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None, "head_dim": 4},
-    "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 3.0},
-    "phi": {},
-    "mixtral": {"num_local_experts": 2, "experts_implementation": "eager"},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0},
-    "bloom": {"n_layer": 2, "n_head": 4},
-}
-
-
-def _model(kind: str = "llama", seed: int = 0, vocab_size: int = 67) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[kind](**{**SIZES, **MODELS[kind], "vocab_size": vocab_size})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
-    for module in model.modules():
-        if type(module).__name__.endswith("Norm"):  # most of them compute in float32 whatever the weights are
-            module.forward = lambda x: layer_norm(x, x.shape[-1:])
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.5)
-    return model
+from tests.runtime.alignment.tiny_models import MODELS, assert_equal, gradients, tiny_model
 
 
 def _batch(with_rejected: bool = True) -> Batch:
@@ -78,39 +38,25 @@ def _simple(model: nn.Module, batch: Batch, places: Tensor) -> Tensor:
     return torch.where(places[:, 1:].bool(), logps, 0.0).sum(-1)
 
 
-def _gradients(model: nn.Module, found: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    weights = torch.linspace(-1, 2, found.numel(), dtype=found.dtype)
-    (found.flatten() * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert wanted
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-11)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_values_and_gradients_are_those_of_the_full_logits(kind: str) -> None:
-    model, batch = _model(kind), _batch()
+    model, batch = tiny_model(kind), _batch()
     found = answer_logps(model, batch, chunk_tokens=4)
     wanted = _simple(model, batch, batch.is_answer)
     torch.testing.assert_close(found.logps, wanted, rtol=1e-9, atol=1e-9)
     assert found.n_tokens.tolist() == [5, 1, 3, 2, 7, 3]
-    _assert_equal(_gradients(model, found.logps), _gradients(model, wanted))
+    assert_equal(gradients(model, found.logps), gradients(model, wanted))
 
 
 def test_the_chunk_changes_nothing_but_rounding() -> None:
-    model, batch = _model(), _batch()
+    model, batch = tiny_model(), _batch()
     found = [answer_logps(model, batch, chunk_tokens=size).logps for size in (1, 3, 1000)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(found[0], found[2], rtol=1e-12, atol=0)
 
 
 def test_sums_over_prompt_and_answer_come_with_those_of_the_answer() -> None:
-    model, batch = _model(), _batch(with_rejected=False)
+    model, batch = tiny_model(), _batch(with_rejected=False)
     found = answer_logps(model, batch, chunk_tokens=4, whole_sequence=True)
     assert found.all_logps is not None and found.n_all is not None
     torch.testing.assert_close(found.logps, _simple(model, batch, batch.is_answer), rtol=1e-9, atol=1e-9)
@@ -119,9 +65,9 @@ def test_sums_over_prompt_and_answer_come_with_those_of_the_answer() -> None:
     assert found.n_tokens.tolist() == [5, 1, 3]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "granite"])
 def test_kl_to_a_second_model_is_that_of_the_full_vocabulary(kind: str) -> None:
-    policy, reference, batch = _model(kind), _model(kind, seed=1), _batch()
+    policy, reference, batch = tiny_model(kind), tiny_model(kind, seed=1), _batch()
     found, fixed = answer_logps_and_kl(policy, reference, batch, chunk_tokens=4)
     with torch.no_grad():
         of_reference = _all_logps(reference, batch)
@@ -134,13 +80,13 @@ def test_kl_to_a_second_model_is_that_of_the_full_vocabulary(kind: str) -> None:
     torch.testing.assert_close(found.logps, _simple(policy, batch, batch.is_answer), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fixed.logps, _simple(reference, batch, batch.is_answer), rtol=1e-9, atol=1e-9)
     simple = torch.stack([_simple(policy, batch, batch.is_answer), wanted])
-    _assert_equal(_gradients(policy, torch.stack([found.logps, found.kl])), _gradients(policy, simple))
+    assert_equal(gradients(policy, torch.stack([found.logps, found.kl])), gradients(policy, simple))
     assert not fixed.logps.requires_grad
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
 def _adapted(targets: str | list[str] = "all-linear") -> nn.Module:
-    adapted = get_peft_model(_model(), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     torch.manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -154,17 +100,17 @@ def test_adapters_take_part_wherever_they_are(targets: str | list[str]) -> None:
     found = answer_logps(adapted, batch, chunk_tokens=4).logps
     wanted = _simple(adapted, batch, batch.is_answer)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    _assert_equal(_gradients(adapted, found), _gradients(adapted, wanted))
+    assert_equal(gradients(adapted, found), gradients(adapted, wanted))
 
 
 def test_the_reference_of_an_adapted_model_is_the_model_without_its_adapter() -> None:
     adapted, batch = _adapted(), _batch()
     found, fixed = answer_logps_and_kl(adapted, adapted.disable_adapter, batch, chunk_tokens=4)
-    torch.testing.assert_close(fixed.logps, _simple(_model(), batch, batch.is_answer), rtol=1e-9, atol=1e-9)
-    apart, _ = answer_logps_and_kl(adapted, _model(), batch)
+    torch.testing.assert_close(fixed.logps, _simple(tiny_model(), batch, batch.is_answer), rtol=1e-9, atol=1e-9)
+    apart, _ = answer_logps_and_kl(adapted, tiny_model(), batch)
     assert found.kl is not None and apart.kl is not None
     torch.testing.assert_close(found.kl, apart.kl, rtol=1e-9, atol=1e-9)
-    assert _gradients(adapted, found.kl)
+    assert gradients(adapted, found.kl)
 
 
 def test_an_adapter_on_the_output_layer_has_no_kl_to_the_model_without_it() -> None:
@@ -174,7 +120,7 @@ def test_an_adapter_on_the_output_layer_has_no_kl_to_the_model_without_it() -> N
 
 
 def test_a_model_is_its_own_reference_with_no_divergence() -> None:
-    model, batch = _model(), _batch()
+    model, batch = tiny_model(), _batch()
     found, fixed = answer_logps_and_kl(model, copy.deepcopy(model), batch)
     assert found.kl is not None
     assert found.kl.abs().max() < 1e-12
@@ -182,20 +128,20 @@ def test_a_model_is_its_own_reference_with_no_divergence() -> None:
 
 
 def test_half_precision_is_summed_in_float32() -> None:
-    model, batch = _model().bfloat16(), _batch()
+    model, batch = tiny_model().bfloat16(), _batch()
     found = answer_logps(model, batch).logps
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, answer_logps(copy.deepcopy(model).float(), batch).logps, rtol=0.05, atol=1.0)
 
 
 def test_gradient_checkpointing_of_the_layers_changes_nothing() -> None:
-    model, batch = _model(), _batch()
-    wanted = _gradients(model, answer_logps(model, batch).logps)
+    model, batch = tiny_model(), _batch()
+    wanted = gradients(model, answer_logps(model, batch).logps)
     model.train()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # since 5.23
     enable({"use_reentrant": False})
     assert model.is_gradient_checkpointing
-    _assert_equal(_gradients(model, answer_logps(model, batch).logps), wanted)
+    assert_equal(gradients(model, answer_logps(model, batch).logps), wanted)
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -214,7 +160,7 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("with_kl", [False, True])
 def test_no_tensor_holds_the_vocabulary_of_all_places(kind: str, with_kl: bool) -> None:
-    model, reference = _model(kind, vocab_size=2000), _model(kind, 1, 2000)
+    model, reference = tiny_model(kind, vocab_size=2000), tiny_model(kind, 1, 2000)
     ids = torch.arange(3, 63)[None].expand(8, -1).contiguous()
     batch = Batch(ids, torch.ones_like(ids), torch.ones_like(ids).bool())
     with _Largest() as largest:
@@ -224,7 +170,7 @@ def test_no_tensor_holds_the_vocabulary_of_all_places(kind: str, with_kl: bool) 
 
 
 def test_the_model_computes_as_before_afterwards() -> None:
-    model, batch = _model(), _batch()
+    model, batch = tiny_model(), _batch()
     before = model(input_ids=batch.token_ids).logits
     answer_logps(model, batch).logps.sum().backward()
     assert torch.equal(model(input_ids=batch.token_ids).logits, before)
@@ -232,17 +178,17 @@ def test_the_model_computes_as_before_afterwards() -> None:
 
 
 def test_what_stands_to_the_right_of_an_answer_does_not_matter() -> None:
-    model, batch = _model(), _batch()
+    model, batch = tiny_model(), _batch()
     other = Batch(torch.where(batch.mask.bool(), batch.token_ids, 9), batch.mask, batch.is_answer)
     torch.testing.assert_close(answer_logps(model, other).logps, answer_logps(model, batch).logps, rtol=1e-12, atol=0)
 
 
 def test_a_model_without_an_output_layer_is_refused() -> None:
     with pytest.raises(ModelError, match="LlamaModel is no causal language model"):
-        answer_logps(_model().model, _batch())
+        answer_logps(tiny_model().model, _batch())
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: get_peft_model(m, LoraConfig())])
 def test_wrappers_are_seen_through(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    model = _model()
+    model = tiny_model()
     assert unwrapped(wrap(model)) is model

@@ -96,7 +96,7 @@ def test_only_answer_tokens_and_the_end_token_are_trained_on(tiny_policy: Loaded
 
 
 def test_no_row_left_is_one_clear_line(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="10 too_long"):
+    with pytest.raises(InputError, match="10 prompt_too_long"):
         _train(tiny_policy_dir, tmp_path, replace(DPO, max_length=3))
 
 
