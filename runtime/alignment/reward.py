@@ -107,4 +107,5 @@ def _scores(model: nn.Module, batch: Batch) -> Tensor:
     # transformers looks for the last token that is not the pad id, which is wrong where pad is the end token.
     hidden = inner.base_model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(hidden), device=hidden.device), batch.mask.sum(dim=-1) - 1]
-    return cast(Tensor, head(last)[:, 0].float())
+    # A copy: FSDP warns of views that leave a model.
+    return cast(Tensor, head(last)[:, 0].float().clone())
