@@ -91,8 +91,10 @@ TRAINING = pa.schema(
         pa.field("step", pa.int64(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
-        # Null where a figure is of all pairs.
+        # Null where a figure is of all groups together.
         pa.field("group", pa.string()),
+        # Whether it is of pairs that were not trained on; null in the logs of older trainings, which had none.
+        pa.field("held_out", pa.bool_()),
     ]
 )
 TABLES: dict[str, pa.Schema] = {

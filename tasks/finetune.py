@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.scratch import scratch
-from storage.writer import Shard, VersionWriter
+from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.models import model_identity, use_threads
@@ -58,7 +58,7 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():
             writer.add_tree(work / "logs", "tensorboard")
-        _write_points(writer, report)
+        writer.write(Shard("training", "train", 0, 1), _points_table(report))
         stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
         ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, _group_rows(report))
@@ -110,15 +110,14 @@ def _train(config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path, nam
     return train_offline(load_trained(config, lake), rows, settings, places, progress(f"{name} finetune"))
 
 
-def _write_points(writer: VersionWriter, report: "TrainingReport") -> None:
-    for split in ("train", "test"):
-        rows = [
-            {"step": point.step, "metric": point.metric, "value": point.value, "group": point.group}
-            for point in report.points
-            if point.split == split
-        ]
-        if rows or split == "train":
-            writer.write(Shard("training", split, 0, 1), to_table("training", rows))
+def _points_table(report: "TrainingReport") -> pa.Table:
+    return to_table(
+        "training",
+        [
+            {"step": p.step, "metric": p.metric, "value": p.value, "group": p.group, "held_out": p.split == "test"}
+            for p in report.points
+        ],
+    )
 
 
 def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonValue]:
