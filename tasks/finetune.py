@@ -126,6 +126,7 @@ def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonVa
         "method": config.method,
         "pairs": report.n_rows,
         "dropped": dict(report.dropped),
+        **({"cut": dict(report.cut)} if report.cut else {}),
         "steps": report.steps,
         "tokens": report.n_tokens,
         "groups": {group: _shown(values) for group, values in report.groups.items() if group},

@@ -33,6 +33,21 @@ LOSS_FIELDS = (
     "nll_weight",
     "preset",
 )
+# Fields that both sides name alike.
+SAME = (
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "max_length",
+    "truncation",
+    "packing",
+    "warmup_ratio",
+    "seed",
+    "dtype",
+    "prompt_format",
+)
 REWARD_FIELDS = ("reward_margin", "reward_prefixes")
 ROBUST_FIELDS = ("step_size", "chi", "adjustment")
 LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")
@@ -42,8 +57,7 @@ def offline_config(config: FinetuneConfig, lake: Lake) -> "OfflineConfig":
     """The runtime's settings; ConfigError for values that cannot work, or that nothing would read."""
     from runtime.alignment.config import OfflineConfig
 
-    same = ("learning_rate", "epochs", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length")
-    shared = config.model_dump(include={*same, "warmup_ratio", "seed", "dtype", "prompt_format"})
+    shared = config.model_dump(include=set(SAME))
     return OfflineConfig(
         loss=_loss(config), groups=_groups(config), lora=_lora(config, lake), watch=_watch(config), **shared
     )

@@ -10,6 +10,7 @@ from runtime.alignment.collate import EncodedPair, collate
 from runtime.alignment.items import Inputs, Item, as_batch, as_inputs
 from runtime.alignment.logps import Reference, answer_logps, answer_logps_and_kl
 from runtime.alignment.losses import AnswerLogps, Losses, LossSettings, PairLogps, needs, pair_losses
+from runtime.alignment.packing import collate_packed, packs
 from runtime.errors import InputError
 
 OTHER = "other_"  # prefix of the fields of the batch of mismatched answers
@@ -18,8 +19,11 @@ OTHER = "other_"  # prefix of the fields of the batch of mismatched answers
 class PolicyObjective:
     """The methods that train a language model."""
 
-    def __init__(self, settings: LossSettings, pad_id: int, reference: Reference | None = None) -> None:
-        self.settings, self.pad_id, self.reference = settings, pad_id, reference
+    def __init__(
+        self, settings: LossSettings, pad_id: int, reference: Reference | None = None, packed_tokens: int = 0
+    ) -> None:
+        """packed_tokens: how many a row may hold of several samples (supervised training alone); 0: one each."""
+        self.settings, self.pad_id, self.reference, self.packed_tokens = settings, pad_id, reference, packed_tokens
         self.needs = needs(settings)
 
     def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> list[Item]:
@@ -38,7 +42,12 @@ class PolicyObjective:
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """See Objective."""
-        batch = collate([item.pair for item in items], self.pad_id, self.needs.rejected)
+        if self.packed_tokens:
+            rows = packs([len(item.pair.chosen) for item in items], self.packed_tokens)
+            batch = collate_packed([[items[place].pair for place in row] for row in rows], self.pad_id)
+            items = [items[place] for row in rows for place in row]
+        else:
+            batch = collate([item.pair for item in items], self.pad_id, self.needs.rejected)
         inputs = as_inputs(batch) | {
             "group_ids": torch.tensor([item.group_id for item in items]),
             "reference_chosen": torch.tensor([item.reference[0] for item in items]),
@@ -115,5 +124,6 @@ def _mismatched(items: Sequence[Item]) -> Iterator[EncodedPair]:
         other = next((pair for pair in later if pair.chosen[: pair.n_prompt] != prompt), None)
         if other is None:
             raise InputError("kto measures its zero by answers under other prompts, but all pairs have one prompt")
-        mixed = [*prompt, *other.chosen[other.n_prompt :]]
-        yield EncodedPair(item.pair.group, mixed, mixed, len(prompt))
+        mixed, moved = [*prompt, *other.chosen[other.n_prompt :]], len(prompt) - other.n_prompt
+        spans = tuple((start + moved, end + moved) for start, end in other.chosen_spans)
+        yield EncodedPair(item.pair.group, mixed, mixed, len(prompt), chosen_spans=spans)

@@ -15,13 +15,15 @@ from runtime.alignment.arguments import training_arguments
 from runtime.alignment.checkpoints import last_checkpoint, read_state
 from runtime.alignment.collate import EncodedPair, PreferenceRow, encode_pairs
 from runtime.alignment.config import OfflineConfig, Places, RewardSettings
+from runtime.alignment.encode import cut_counts
 from runtime.alignment.figures import Figures
 from runtime.alignment.groups import suggest_step_size
 from runtime.alignment.items import Item, Objective
 from runtime.alignment.losses import needs
 from runtime.alignment.objective import PolicyObjective
+from runtime.alignment.packing import check_packing
 from runtime.alignment.report import TrainingReport, Warned
-from runtime.alignment.reward import RewardObjective, closing_ids, with_prefixes
+from runtime.alignment.reward import RewardObjective, closed, closing_ids, with_prefixes
 from runtime.alignment.trainer import DivergedError, OfflineTrainer, Split
 from runtime.errors import InputError
 from runtime.models import LoadedModel, quiet
@@ -64,6 +66,7 @@ def train_offline(
     trainer.show(on_progress, places.logs)
     _run(trainer, places)
     report = TrainingReport(trainer.state.global_step, len(pairs), dropped, len(held_out), held_out_dropped)
+    report.cut = cut_counts([*pairs, *held_out])
     _fill(report, trainer)
     if trainer.accelerator.is_main_process:
         _save(trainer, loaded, config, places.output)
@@ -73,7 +76,7 @@ def train_offline(
 def _encoded(
     rows: Sequence[PreferenceRow], loaded: LoadedModel, config: OfflineConfig
 ) -> tuple[list[EncodedPair], Counter[str]]:
-    return encode_pairs(rows, loaded.tokenizer, config.prompt_format, config.max_length)
+    return encode_pairs(rows, loaded.tokenizer, config.prompt_format, config.max_length, config.truncation)
 
 
 def _objective(model: PreTrainedModel, loaded: LoadedModel, config: OfflineConfig) -> Objective:
@@ -81,7 +84,10 @@ def _objective(model: PreTrainedModel, loaded: LoadedModel, config: OfflineConfi
     if isinstance(config.loss, RewardSettings):
         return RewardObjective(config.loss, pad_id)
     keeps_reference = needs(config.loss).reference == "logits"
-    return PolicyObjective(config.loss, pad_id, reference_of(model) if keeps_reference else None)
+    if config.packing:
+        check_packing(model)
+    reference = reference_of(model) if keeps_reference else None
+    return PolicyObjective(config.loss, pad_id, reference, config.max_length if config.packing else 0)
 
 
 def _split(
@@ -96,7 +102,8 @@ def _split(
     )
     if isinstance(config.loss, RewardSettings):
         closing = closing_ids(loaded.tokenizer, config.prompt_format)
-        train = with_prefixes(train, config.loss.prefixes, closing, config.seed)
+        train = with_prefixes(closed(train, closing), config.loss.prefixes, closing, config.seed)
+        test = closed(test, closing)
     return Split(train, test, names)
 
 
@@ -124,7 +131,8 @@ def _run(trainer: OfflineTrainer, places: Places) -> None:
         kept = last_checkpoint(places.work)
         fate = f"the last good checkpoint is kept in {kept}" if kept else "there was no checkpoint yet"
         raise DivergedError(f"{error} ({fate})") from error
-    check_moved(before, prints(cast(nn.Module, trainer.model)))
+    if not trainer.config.watch.early_stopping:  # whose best weights may be the first ones
+        check_moved(before, prints(cast(nn.Module, trainer.model)))
 
 
 def _fill(report: TrainingReport, trainer: OfflineTrainer) -> None:

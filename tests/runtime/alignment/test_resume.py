@@ -41,7 +41,7 @@ def test_a_killed_training_that_is_resumed_gives_the_same_bits(tiny_policy_dir: 
     assert len(set(weights)) == 16
 
 
-@pytest.mark.parametrize("kind", ["lora", "tdpo2", "accumulated"])
+@pytest.mark.parametrize("kind", ["lora", "token level", "accumulated"])
 def test_a_training_stopped_anywhere_goes_on_as_if_nothing_had_been(
     kind: str, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:

@@ -22,10 +22,14 @@ DPO = OfflineConfig(learning_rate=3e-3, epochs=4, batch_size=4, max_length=128)
 ROBUST = replace(DPO, groups=GroupSettings("robust", step_size=0.5))
 LORA = replace(DPO, lora=LoraSettings(4, 8), learning_rate=1e-2)
 CONFIGS = {"full": ROBUST, "lora": replace(LORA, groups=ROBUST.groups)}
-CONFIGS["tdpo2"] = replace(ROBUST, loss=LossSettings("tdpo2"))
+CONFIGS["token level"] = replace(ROBUST, loss=LossSettings("tdpo2"))
 CONFIGS["accumulated"] = replace(ROBUST, batch_size=3, gradient_accumulation=2)
 # The processes of a data-parallel training split each step's batches among them.
 CONFIGS["parallel"] = replace(ROBUST, learning_rate=1e-3, epochs=2, batch_size=2)
+CONFIGS["parallel alone"] = replace(CONFIGS["parallel"], gradient_accumulation=2)
+for method in ("sft", "kto", "tdpo2"):
+    for alone in ("", " alone"):
+        CONFIGS[f"{method}{alone}"] = replace(CONFIGS[f"parallel{alone}"], loss=LossSettings(method))
 
 
 def rows(count: int = 10, groups: tuple[str, ...] = ("child", "clerk")) -> list[PreferenceRow]:
