@@ -97,6 +97,18 @@ TRAINING = pa.schema(
         pa.field("held_out", pa.bool_()),
     ]
 )
+# S of both answers under the model that training starts from; `row` is the pair's place in its split.
+REFERENCE_LOGPS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("chosen_logp", pa.float64(), nullable=False),
+        pa.field("rejected_logp", pa.float64(), nullable=False),
+        pa.field("n_chosen", pa.int32(), nullable=False),
+        pa.field("n_rejected", pa.int32(), nullable=False),
+    ]
+)
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
@@ -104,6 +116,7 @@ TABLES: dict[str, pa.Schema] = {
     "rejected": REJECTED,
     "metrics": METRICS,
     "training": TRAINING,
+    "reference_logps": REFERENCE_LOGPS,
 }
 
 
