@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,7 +19,7 @@ from tasks.models import model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of
 from tasks.settings import FinetuneConfig
-from tasks.training import adapter_folder, load_trained, model_role, offline_config
+from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     rows = _rows(step, config, lake)
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
-        report = _train(config, rows, lake, work, step.name)
+        report = _train(step, config, rows, lake, work)
         writer = step.writer(lake)
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():
@@ -99,15 +98,16 @@ def _rows(step: Step, config: FinetuneConfig, lake: Lake) -> "PairRows":
     return PairRows(preference_rows(train), preference_rows(test))
 
 
-def _train(config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path, name: str) -> "TrainingReport":
+def _train(step: Step, config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path) -> "TrainingReport":
     from runtime.alignment.config import Places
-    from runtime.alignment.offline import train_offline
+    from runtime.alignment.offline import Helpers, train_offline
+    from runtime.alignment.reference import not_stored
 
     settings = offline_config(config, lake)
-    if settings.lora is not None and config.lora_adapter:
-        settings = replace(settings, lora=replace(settings.lora, adapter=adapter_folder(config.lora_adapter, lake)))
+    references = stored_references(step, config, lake) if stores_reference(config, settings.loss) else not_stored
     places = Places(work / "model", work / "checkpoints", work / "logs")
-    return train_offline(load_trained(config, lake), rows, settings, places, progress(f"{name} finetune"))
+    helpers = Helpers(progress(f"{step.name} finetune"), references)
+    return train_offline(load_trained(config, lake), rows, settings, places, helpers)
 
 
 def _points_table(report: "TrainingReport") -> pa.Table:

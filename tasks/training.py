@@ -9,13 +9,14 @@ from storage.lake import Lake
 from tasks.errors import ConfigError
 from tasks.models import model_path
 from tasks.settings import FinetuneConfig
-from tasks.versions import pin
+from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.config import LoraSettings, OfflineConfig, RewardSettings, Watch
     from runtime.alignment.groups import GroupSettings
     from runtime.alignment.losses import LossSettings, Method
     from runtime.models import LoadedModel
+    from tasks.references import StoredReferences
 
 ADAPTER = "adapter"
 ROBUST = {"gr_dpo": "dpo", "gr_ipo": "ipo"}
@@ -101,6 +102,15 @@ def stores_reference(config: FinetuneConfig, loss: "LossSettings | RewardSetting
         why = "needs the logits of the reference at every step" if needed == "logits" else "has no reference"
         raise ConfigError(f'reference = "stored": {config.method} {why}; use auto')
     return needed == "logps" and config.reference != "anew"
+
+
+def stored_references(step: Step, config: FinetuneConfig, lake: Lake) -> "StoredReferences":
+    """Where they are kept: by the models that the reference is made of, the pairs, and how they are encoded."""
+    from tasks.references import ReferenceConfig, StoredReferences
+
+    shared = config.model_dump(include={"prompt_format", "truncation", "max_length", "dtype"})
+    settings = ReferenceConfig(is_4bit=config.lora_4bit, **shared)
+    return StoredReferences(lake, step.inputs["preferences"], step.models, settings)
 
 
 def _groups(config: FinetuneConfig) -> "GroupSettings":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from runtime.alignment import objective
 from runtime.models import load_policy
 from runtime.records import Message, Prompt
 from storage.catalog import query
@@ -194,3 +195,31 @@ def test_pairs_that_do_not_fit_the_settings_are_one_line(tmp_path: Path, tiny_po
         _run(lake, tiny_policy_dir, method="reward", reward_margin=1.0)
     with pytest.raises(ConfigError, match="lora_4bit needs a CUDA device and the package bitsandbytes"):
         _run(lake, tiny_policy_dir, lora=True, lora_4bit=True)
+
+
+def test_the_reference_answers_once_for_all_trainings_on_the_same_pairs(
+    lake: Lake, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    plain = objective.reference_logps
+
+    def counted(model: object, pairs: Sequence[object], *rest: object) -> object:
+        asked.append(len(pairs))
+        return plain(model, pairs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(objective, "reference_logps", counted)
+    first = _run(lake, tiny_policy_dir, method="dpo")
+    assert asked == [12, 6]
+    second = _run(lake, tiny_policy_dir, method="gr_dpo", learning_rate=2e-3)
+    assert asked == [12, 6]
+    assert first.version != second.version
+    stored = lake.versions("preferences", "tiny-ref")
+    assert len(stored) == 2
+    again = _run(lake, tiny_policy_dir, method="dpo", reference="anew")
+    assert asked == [12, 6, 12, 6]
+    assert lake.versions("preferences", "tiny-ref") == stored
+    weights, others = _weights(lake, first), _weights(lake, again)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    _run(lake, tiny_policy_dir, method="dpo", lora=True, lora_rank=4)
+    assert asked == [12, 6, 12, 6]  # an adapter that is new says what the policy says
+    assert lake.versions("preferences", "tiny-ref") == stored
