@@ -136,7 +136,6 @@ def test_a_reporter_that_is_not_installed_is_named(tiny_policy_dir: Path, tmp_pa
         train(load_policy(str(tiny_policy_dir)), tmp_path, config)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's own imports
 def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
