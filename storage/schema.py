@@ -91,8 +91,10 @@ TRAINING = pa.schema(
         pa.field("step", pa.int64(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
-        # Null where a figure is of all pairs.
+        # Null where a figure is of all groups together.
         pa.field("group", pa.string()),
+        # Whether it is of pairs that were not trained on; null in the logs of older trainings, which had none.
+        pa.field("held_out", pa.bool_()),
     ]
 )
 # S of both answers under the model that training starts from; `row` is the pair's place in its split.
