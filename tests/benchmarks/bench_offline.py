@@ -153,7 +153,8 @@ def train_winnow(settings: Any, model: LlamaForCausalLM, clock: Clock, folder: P
     rows = token_rows(settings)
     pairs = [EncodedPair("all", prompt + chosen, prompt + rejected, len(prompt)) for prompt, chosen, rejected in rows]
     objective = PolicyObjective(config.loss, 0)
-    items = objective.prepare(model.eval(), [Item(pair, 0) for pair in pairs], config.batch_size)
+    items = [Item(pair, 0) for pair in pairs]
+    items = objective.prepare(model.eval(), items, config.batch_size, lambda pairs, compute: compute(pairs))
     arguments = training_arguments(config, len(items), Places(folder / "out", folder / "work"), model.device)
     trainer = OfflineTrainer(model, objective, Split(items, [], ("all",)), config, arguments)
     trainer.add_callback(clock)
