@@ -5,6 +5,7 @@ WinnowError
 ├── InputError         a row that cannot be used
 │   └── PromptTooLong  prompt + max_new_tokens above the model's context
 └── ModelError         a model folder or architecture that cannot be used
+    └── TemplateError  a chat template that renders a prompt differently once it is answered
 """
 
 
@@ -26,3 +27,7 @@ class PromptTooLong(InputError):
 
 class ModelError(WinnowError):
     """A model or tokenizer that is missing, broken or not supported."""
+
+
+class TemplateError(ModelError):
+    """A chat template under which the prompt is no prefix of the conversation."""

@@ -1,7 +1,7 @@
 """Loading models and tokenizers, the hash of their files, and the one way in which text becomes token ids."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import InputError, ModelError, TemplateError
 from runtime.records import Message
 
 PromptFormat = Literal["chat", "text"]
@@ -58,6 +58,34 @@ def load_classifier(source: str, dtype: str = "float32", device: str = "cpu") ->
     if n_labels != 1:
         raise ModelError(f"{source!r} has {n_labels} labels; a reward model needs num_labels = 1 (one score per text)")
     return _load(source, dtype, device, AutoModelForSequenceClassification)
+
+
+def load_reward_start(source: str, device: str = "cpu", seed: int = 0) -> LoadedModel:
+    """What a reward model is trained from: a classifier with one label as it is, or a policy with a new head."""
+    try:
+        architectures = AutoConfig.from_pretrained(_resolve(source), trust_remote_code=False).architectures or [""]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot read the config of {source!r}: {_first_line(error)}") from error
+    if architectures[0].endswith("ForSequenceClassification"):
+        return load_classifier(source, "float32", device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _load(source, "float32", device, AutoModelForSequenceClassification, {"num_labels": 1})
+
+
+def load_policy_4bit(source: str) -> LoadedModel:
+    """A causal language model on the GPU with its linear layers in 4 bit (QLoRA, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    four_bit = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return _load(
+        source, "bfloat16", "cuda", AutoModelForCausalLM, {"quantization_config": four_bit, "device_map": {"": 0}}
+    )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -115,26 +143,32 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, format: PromptFormat
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    response: str | Sequence[Message],
+    format: PromptFormat,
 ) -> tuple[list[int], int]:
     """Token ids of the whole conversation with its closing tokens, and how many of them are the prompt.
 
-    The prompt ids (`encode_prompt`) are always a prefix: where the tokenizer would merge characters across the
-    border, prompt and answer are encoded apart, as they are when the answer is sampled.
+    A response is a text, or messages where a tool or the user speaks in between. The prompt ids (`encode_prompt`) are
+    always a prefix: where the tokenizer would merge characters across the border, prompt and answer are encoded apart,
+    as they are when the answer is sampled.
     """
     prompt_ids = encode_prompt(tokenizer, messages, format)
+    answer = [Message("assistant", response)] if isinstance(response, str) else response
     if format == "text":
-        answer_ids = _encode(tokenizer, response, add_special_tokens=False)
+        if len(answer) != 1:
+            raise InputError(f'an answer of {len(answer)} messages cannot be raw text; set prompt_format = "chat"')
+        answer_ids = _encode(tokenizer, answer[0].content, add_special_tokens=False)
         end = tokenizer.eos_token_id
         return prompt_ids + answer_ids + ([int(cast(int, end))] if end is not None else []), len(prompt_ids)
     prompt_text = _render(tokenizer, messages, add_generation_prompt=True)
-    conversation = [*messages, Message("assistant", response)]
-    text = _render(tokenizer, conversation, add_generation_prompt=False)
+    text = _render(tokenizer, [*messages, *answer], add_generation_prompt=False)
     token_ids = _encode_rendered(tokenizer, text)
     if token_ids[: len(prompt_ids)] == prompt_ids:
         return token_ids, len(prompt_ids)
     if not text.startswith(prompt_text):
-        raise ModelError(
+        raise TemplateError(
             "the chat template renders the prompt differently once it is answered; "
             'use a template whose generation prompt is a prefix, or set prompt_format = "text"'
         )
@@ -160,6 +194,7 @@ def _load(
     dtype: str,
     device: str,
     model_class: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    extra: Mapping[str, object] | None = None,
 ) -> LoadedModel:
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
@@ -174,14 +209,18 @@ def _load(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **(extra or {}),
             )
             model, info = cast(tuple[PreTrainedModel, dict[str, Iterable[str]]], found)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        cast(torch.nn.Module, model).to(device)
+        if "device_map" not in (extra or {}):
+            cast(torch.nn.Module, model).to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"cannot load {source!r}: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"])[:3])
+    # A head that is asked for may be new.
+    missing = sorted(name for name in info["missing_keys"] if "num_labels" not in (extra or {}) or "score" not in name)
+    if missing:
+        names = ", ".join(missing[:3])
         raise ModelError(
             f"{source!r} lacks weights of {type(model).__name__} ({names}); is it the right kind of model?"
         )

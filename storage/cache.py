@@ -20,13 +20,13 @@ def cached_folder(store: ObjectStore, manifest: Manifest, prefix: str) -> Path:
         raise LakeError(f"{manifest.label} has no files under {prefix}; see `winnow show {manifest.label}`")
     # A version names what went in, two lakes may hold different results of it: the content is part of the name.
     content = hashlib.sha256("".join(f"{file.path}\n{file.sha256}\n" for file in files).encode()).hexdigest()
-    target = _cache() / manifest.kind / manifest.name / f"{manifest.version}-{content[:16]}"
+    target = cache_folder() / manifest.kind / manifest.name / f"{manifest.version}-{content[:16]}"
     if not _is_whole(target, files):
         _fetch(store, manifest, files, target)
     return target / prefix
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """Where caches go on this system (the XDG rule)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "winnow"
 

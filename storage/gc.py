@@ -9,6 +9,7 @@ from storage.lake import DatasetRef, Lake
 from storage.manifest import FILE_NAME
 from storage.objects import Stored
 from storage.publish import CARD_NAME, CLAIM, flag
+from storage.scratch import is_busy
 
 # A run writes its shards far more often than this; younger leftovers may be somebody's work.
 MIN_AGE = timedelta(hours=1)
@@ -28,7 +29,7 @@ def collect(lake: Lake, older_than: timedelta, now: datetime, is_dry_run: bool) 
         raise LakeError(f"gc: {older_than} is too short, running work would be lost; give an hour (1h) or more")
     cutoff = now - older_than
     for item in lake.store.unfinished():
-        if item.modified_at < cutoff:
+        if item.modified_at < cutoff and not is_busy(lake, item.key):
             yield from _remove(lake, [item], "unfinished write", is_dry_run)
     for ref in lake.versions():
         yield from _free(lake, ref, now - MIN_AGE, is_dry_run)

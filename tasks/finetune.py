@@ -1,6 +1,7 @@
-"""Training the policy on preference pairs; the result is a plain Hugging Face folder in the lake."""
+"""Training on preference pairs; the result is a plain Hugging Face folder in the lake."""
 
-import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -10,65 +11,57 @@ from pydantic import JsonValue
 
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
+from storage.scratch import scratch
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
-from tasks.models import model_identity, model_path, use_threads
-from tasks.pictures import show_picture
+from tasks.models import model_identity, use_threads
+from tasks.pictures import show_pictures
 from tasks.rows import messages_of
 from tasks.settings import FinetuneConfig
+from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.collate import PreferenceRow
-    from runtime.alignment.offline import OfflineConfig, TrainingReport
+    from runtime.alignment.offline import PairRows
+    from runtime.alignment.report import TrainingReport
+
+# Of a group's figures, those that the summary shows; the table `training` has all.
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl_per_token": "kl_per_token"}
 
 
 def prepare(config: FinetuneConfig, lake: Lake) -> Step:
-    """The step, with its pairs and policy pinned."""
+    """The step, with its pairs and models pinned."""
     inputs = {"preferences": pin(lake, config.preferences, f"preferences/{config.name}")}
-    models = {"model": model_identity(config.model, "policy", lake)}
+    models = {"model": model_identity(config.model, model_role(config), lake)}
+    if config.lora_adapter.startswith("models/"):
+        models["adapter"] = pin(lake, config.lora_adapter, "models/x")
+    elif config.lora_adapter:
+        models["adapter"] = model_identity(config.lora_adapter, "policy", lake)
+    offline_config(config.model_copy(update={"lora_adapter": ""}), lake)  # what cannot work is said now
     return Step("finetune", "models", config.name, config.model_copy(update=inputs), inputs, models)
 
 
 @task(name="finetune", persist_result=False)
 def finetune(step: Step, lake_root: str) -> DatasetRef:
     """Train and publish the model with its training log."""
-    from runtime.alignment.offline import train_offline
-    from runtime.hardware import pick_device
-    from runtime.models import load_policy
-
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, FinetuneConfig)
     use_threads(config.threads)
-    pairs = lake.read_table(lake.resolve(step.inputs["preferences"]), "preferences", "train")
-    if pairs.num_rows == 0:
-        raise ConfigError(f"{step.inputs['preferences']} has no pair to train on; lower test_share where it was made")
-    # Loaded anew, not from the process's cache: training changes the weights.
-    policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
-    with tempfile.TemporaryDirectory(prefix="winnow-finetune-") as folder:
-        report = train_offline(
-            policy,
-            preference_rows(pairs),
-            _offline_config(config),
-            config.prompt_format,
-            Path(folder),
-            progress(f"{step.name} finetune"),
-        )
+    rows = _rows(step, config, lake)
+    with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
+        started = time.monotonic()
+        report = _train(step, config, rows, lake, work)
         writer = step.writer(lake)
-        writer.add_tree(Path(folder), "model")
-    writer.write(Shard("training", "train", 0, 1), to_table("training", _log_rows(report)))
-    stats: dict[str, JsonValue] = {
-        "method": config.method,
-        "pairs": report.n_rows,
-        "dropped": dict(report.dropped),
-        "steps": report.steps,
-        "groups": {group: dict(values) for group, values in report.groups.items()},
-    }
-    ref = writer.commit(step.provenance(stats))
-    groups: list[dict[str, Cell]] = [{"group": group, **values} for group, values in report.groups.items()]
-    show_stage(ref, stats, groups)
-    show_picture(lake, ref)
+        writer.add_tree(work / "model", "model")
+        if (work / "logs").is_dir():
+            writer.add_tree(work / "logs", "tensorboard")
+        writer.write(Shard("training", "train", 0, 1), _points_table(report))
+        stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
+        ref = writer.commit(step.provenance(stats))
+    show_stage(ref, stats, _group_rows(report))
+    show_pictures(lake, ref)
     return ref
 
 
@@ -81,25 +74,86 @@ def preference_rows(pairs: pa.Table) -> "list[PreferenceRow]":
             row["prompt_id"],
             row["group"],
             messages_of(row["prompt"]),
-            row["chosen"][-1]["content"],
-            row["rejected"][-1]["content"],
+            messages_of(row["chosen"]),
+            messages_of(row["rejected"]),
+            row["score_margin"],
         )
         for row in pairs.to_pylist()
     ]
 
 
-def _offline_config(config: FinetuneConfig) -> "OfflineConfig":
-    from runtime.alignment.offline import LoraSettings, OfflineConfig
+def _rows(step: Step, config: FinetuneConfig, lake: Lake) -> "PairRows":
+    from runtime.alignment.offline import PairRows
 
-    shared = config.model_dump(include=set(OfflineConfig.__dataclass_fields__) - {"lora"})
-    lora = LoraSettings(config.lora_rank, config.lora_alpha) if config.lora else None
-    return OfflineConfig(**shared, lora=lora)
+    source = lake.resolve(step.inputs["preferences"])
+    train, test = (lake.read_table(source, "preferences", split) for split in ("train", "test"))
+    if train.num_rows == 0:
+        raise ConfigError(f"{source} has no pair to train on; lower test_share where it was made")
+    if config.eval_steps and test.num_rows == 0:
+        raise ConfigError(
+            f"eval_steps = {config.eval_steps}: {source} has no held-out pair; set test_share there, or 0"
+        )
+    if config.reward_margin and train["score_margin"].null_count:
+        raise ConfigError(f"reward_margin = {config.reward_margin}: {source} has pairs without a score margin; set 0")
+    return PairRows(preference_rows(train), preference_rows(test))
 
 
-def _log_rows(report: "TrainingReport") -> list[dict[str, object]]:
-    return [
-        {"step": int(entry["step"]), "metric": metric, "value": float(value)}
-        for entry in report.log
-        for metric, value in sorted(entry.items())
-        if metric != "step" and isinstance(cast(object, value), int | float)
-    ]
+def _train(step: Step, config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path) -> "TrainingReport":
+    from runtime.alignment.config import Places
+    from runtime.alignment.offline import Helpers, train_offline
+    from runtime.alignment.reference import not_stored
+
+    settings = offline_config(config, lake)
+    references = stored_references(step, config, lake) if stores_reference(config, settings.loss) else not_stored
+    places = Places(work / "model", work / "checkpoints", work / "logs")
+    helpers = Helpers(progress(f"{step.name} finetune"), references)
+    return train_offline(load_trained(config, lake), rows, settings, places, helpers)
+
+
+def _points_table(report: "TrainingReport") -> pa.Table:
+    return to_table(
+        "training",
+        [
+            {"step": p.step, "metric": p.metric, "value": p.value, "group": p.group, "held_out": p.split == "test"}
+            for p in report.points
+        ],
+    )
+
+
+def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonValue]:
+    stats: dict[str, JsonValue] = {
+        "method": config.method,
+        "pairs": report.n_rows,
+        "dropped": dict(report.dropped),
+        **({"cut": dict(report.cut)} if report.cut else {}),
+        "steps": report.steps,
+        "tokens": report.n_tokens,
+        "groups": {group: _shown(values) for group, values in report.groups.items() if group},
+    }
+    if report.n_held_out or report.held_out_dropped:
+        stats["held_out_pairs"] = report.n_held_out
+        stats["held_out_dropped"] = dict(report.held_out_dropped)
+        stats["held_out"] = {group or "all": _shown(values) for group, values in report.held_out.items()}
+    if report.best_step is not None:
+        stats["best_step"] = report.best_step
+    if report.suggested_step_size is not None:
+        stats["suggested_step_size"] = round(report.suggested_step_size, 6)
+    if report.warnings:
+        stats["warnings"] = [{"group": one.group, "warning": one.warning} for one in report.warnings]
+    return stats
+
+
+def _shown(values: Mapping[str, float]) -> dict[str, JsonValue]:
+    found = {shown: round(values[metric], 6) for metric, shown in SHOWN.items() if metric in values}
+    return {"pairs": int(values["pairs"]), **found}
+
+
+def _group_rows(report: "TrainingReport") -> list[dict[str, Cell]]:
+    """Training and held-out figures of every group, and what must be known about it."""
+    warned = {one.group: one.warning for one in report.warnings}
+    rows: list[dict[str, Cell]] = []
+    for split, figures in (("train", report.groups), ("test", report.held_out)):
+        for group, values in figures.items():
+            shown = cast(dict[str, Cell], _shown(values))
+            rows.append({"split": split, "group": group or "all", **shown, "warning": warned.get(group)})
+    return rows

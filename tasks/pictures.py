@@ -8,11 +8,16 @@ from tasks.artifacts import in_run, show_image
 
 def show_picture(lake: Lake, ref: DatasetRef) -> None:
     """Nothing is drawn outside a Prefect run, without matplotlib, or where there is nothing to see."""
-    from storage.report.pictures import main_picture
+    show_pictures(lake, ref, at_most=1)
+
+
+def show_pictures(lake: Lake, ref: DatasetRef, at_most: int | None = None) -> None:
+    """Likewise, all that there are of the stage's table."""
+    from storage.report.pictures import stage_pictures
     from storage.report.style import has_matplotlib
     from storage.report.svg import png
 
-    picture = main_picture(lake, ref) if in_run() and has_matplotlib() else None
-    if picture is not None:
+    pictures = stage_pictures(lake, ref) if in_run() and has_matplotlib() else []
+    for picture in pictures[:at_most]:
         url = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}"
         show_image(ref, url, f"{picture.title}. {picture.alt}", picture.key)

@@ -12,13 +12,14 @@ from tasks.settings_adapt import AdaptConfig as AdaptConfig
 from tasks.settings_assemble import AssembleConfig as AssembleConfig
 from tasks.settings_base import NAME_PATTERN as NAME_PATTERN
 from tasks.settings_base import STARTER as STARTER
+from tasks.settings_base import Device as Device
+from tasks.settings_base import Dtype as Dtype
+from tasks.settings_base import PromptFormat as PromptFormat
 from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
+from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 
-Dtype = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda", "auto"]
-PromptFormat = Literal["chat", "text"]
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
@@ -276,37 +277,6 @@ class ScoreConfig(RewardConfig):
 
     candidates: str = Field("", title="Candidates", description="REF; empty: candidates/NAME, latest")
     batch_size: int = Field(32, title="Batch size", description="Answers scored together", ge=1)
-
-
-class FinetuneConfig(StageConfig):
-    """How the policy is trained on the pairs."""
-
-    preferences: str = Field("", title="Preferences", description="REF; empty: preferences/NAME, latest")
-    model: str = Field(STARTER, title="Policy", description="Folder, hub name, models/NAME or starter")
-    method: Literal["dpo", "sft"] = Field("dpo", title="Method", description="sft trains on the chosen answers alone")
-    beta: float = Field(0.1, title="Beta", description="Strength of the pull to the reference (dpo)", gt=0)
-    label_smoothing: float = Field(
-        0.0, title="Label smoothing", description="Assumed share of flipped pairs (dpo)", ge=0, lt=0.5
-    )
-    nll_weight: float = Field(
-        0.0, title="NLL weight", description="Of the chosen answers' likelihood beside the pairwise loss (dpo)", ge=0
-    )
-    learning_rate: float = Field(2e-4, title="Learning rate", description="Peak; linear warm-up, cosine decay", gt=0)
-    epochs: int = Field(3, title="Epochs", description="Passes over the pairs", ge=1)
-    batch_size: int = Field(16, title="Batch size", description="Pairs per step on the device", ge=1)
-    gradient_accumulation: int = Field(1, title="Accumulation", description="Batches per optimizer step", ge=1)
-    max_length: int = Field(256, title="Length", description="Tokens of prompt and answer together", ge=2)
-    warmup_ratio: float = Field(0.1, title="Warm-up", description="Share of the steps", ge=0, le=1)
-    lora: bool = Field(False, title="LoRA", description="Train low-rank adapters and merge them at the end")
-    lora_rank: int = Field(16, title="LoRA rank", description="Width of the adapters", ge=1)
-    lora_alpha: int = Field(32, title="LoRA alpha", description="Adapters are scaled by alpha / rank", ge=1)
-    prompt_format: PromptFormat = Field(
-        "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
-    )
-    dtype: Dtype = Field("float32", title="Number format", description="bfloat16 trains with autocast")
-    device: Device = Field("cpu", title="Device", description="auto takes a GPU where there is one")
-    threads: int = Field(2, title="Threads", description="Threads torch may use on the CPU", ge=1, le=256)
-    seed: int = Field(0, title="Seed", description="Of the order of the pairs", ge=0, lt=2**31)
 
 
 class EvaluateConfig(RewardConfig):

@@ -7,6 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,50}$"
 STARTER = "starter"
 
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda", "auto"]
+PromptFormat = Literal["chat", "text"]
+
 
 class StageConfig(BaseModel):
     """What all stages share."""

@@ -23,7 +23,8 @@ STAGE_VERSIONS = {
     "adapt": 1,
     "score": 1,
     "assemble": 2,
-    "finetune": 1,
+    "finetune": 2,
+    "reference": 1,
     "evaluate": 1,
     "export": 1,
 }

@@ -1,254 +1,193 @@
-"""Offline training on preference pairs: one transformers.Trainer subclass for every loss that needs no new samples."""
+"""Offline training on preference pairs, from rows to a plain Hugging Face folder."""
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from torch import nn
+from transformers import PreTrainedModel
 
-from runtime.alignment import losses
-from runtime.alignment.collate import Batch, EncodedPair, PreferenceRow, collate, encode_pairs
-from runtime.errors import InputError, ModelError
-from runtime.models import LoadedModel, PromptFormat, quiet
+from runtime.alignment.adapters import check_moved, merged, merged_anew, prints, reference_of, with_adapters
+from runtime.alignment.arguments import training_arguments
+from runtime.alignment.checkpoints import last_checkpoint, read_state
+from runtime.alignment.collate import EncodedPair, PreferenceRow, encode_pairs
+from runtime.alignment.config import OfflineConfig, Places, RewardSettings
+from runtime.alignment.encode import cut_counts
+from runtime.alignment.figures import Figures
+from runtime.alignment.groups import suggest_step_size
+from runtime.alignment.items import Item, Objective
+from runtime.alignment.losses import needs
+from runtime.alignment.objective import PolicyObjective
+from runtime.alignment.packing import check_packing
+from runtime.alignment.reference import References, not_stored
+from runtime.alignment.report import TrainingReport, Warned
+from runtime.alignment.reward import RewardObjective, closed, closing_ids, with_prefixes
+from runtime.alignment.trainer import DivergedError, OfflineTrainer, Split
+from runtime.errors import InputError
+from runtime.models import LoadedModel, quiet
 from runtime.records import Progress
 
-Method = Literal["dpo", "sft"]
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """Low-rank adapters on all linear layers; their output is scaled by alpha / rank."""
+class PairRows:
+    """Pairs to train on, and held-out ones."""
 
-    rank: int = 16
-    alpha: int = 32
-
-
-@dataclass(frozen=True, slots=True)
-class OfflineConfig:
-    """Training settings; batch_size counts pairs, max_length tokens of prompt and answer."""
-
-    method: Method = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    nll_weight: float = 0.0
-    learning_rate: float = 1e-6
-    epochs: int = 1
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    max_length: int = 1024
-    warmup_ratio: float = 0.1
-    lora: LoraSettings | None = None
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-@dataclass(slots=True)
-class TrainingReport:
-    """What happened: optimizer steps, one log entry per step, pairs used and dropped, final figures per group."""
-
-    steps: int
-    n_rows: int
-    dropped: Mapping[str, int]
-    log: list[dict[str, float]] = field(default_factory=list)
-    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    train: Sequence[PreferenceRow]
+    test: Sequence[PreferenceRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """A pair with the reference's log-probabilities (0 where the method needs none)."""
+class Helpers:
+    """What a training may use of the world around it."""
 
-    pair: EncodedPair
-    reference_chosen: float = 0.0
-    reference_rejected: float = 0.0
+    on_progress: Progress | None = None
+    references: References = not_stored
 
 
 def train_offline(
-    loaded: LoadedModel,
-    rows: Sequence[PreferenceRow],
-    config: OfflineConfig,
-    prompt_format: PromptFormat,
-    output_dir: Path,
-    on_progress: Progress | None = None,
+    loaded: LoadedModel, rows: PairRows, config: OfflineConfig, places: Places, helpers: Helpers = Helpers()
 ) -> TrainingReport:
     """Train `loaded.model` in place and write a plain Hugging Face folder (LoRA: merged, with `adapter/` beside it).
 
-    The reference's log-probabilities are computed once, before the first step, so no second model is kept. Raises
-    InputError when no row is left and ModelError when the loss is no finite number.
+    A training that finds a checkpoint of its own in `places.work` goes on from there. Raises InputError when no row
+    is left, and DivergedError, which names the last checkpoint, when the loss leaves the numbers.
     """
-    pairs, dropped = encode_pairs(rows, loaded.tokenizer, prompt_format, config.max_length)
+    _without_dropout(loaded.model)
+    pairs, dropped = _encoded(rows.train, loaded, config)
+    held_out, held_out_dropped = _encoded(rows.test, loaded, config)
     if not pairs:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "there are none"
         raise InputError(f"no pair is left to train on ({reasons}); raise max_length or check the pairs")
-    _without_dropout(loaded.model)
-    items = _with_reference(loaded, pairs, config)
-    model = _with_adapters(loaded.model, config)
-    trainer = _OfflineTrainer(model, items, loaded.tokenizer.pad_token_id, config, output_dir, on_progress)
-    trainer.train()
-    report = TrainingReport(trainer.state.global_step, len(pairs), dict(dropped), trainer.entries)
-    trained = cast(PreTrainedModel, trainer.model)
-    if config.method == "dpo":
-        report.groups = _group_figures(trained, loaded, items, config)
-    else:
-        report.groups = {group: {"pairs": count} for group, count in Counter(p.group for p in pairs).items()}
-    with quiet():
-        if config.lora is not None:
-            trained.save_pretrained(output_dir / "adapter")
-            trained = cast(PreTrainedModel, cast(Any, trained).merge_and_unload())
-        trained.save_pretrained(output_dir)
-        loaded.tokenizer.save_pretrained(output_dir)
+    if config.watch.eval_steps and not held_out:
+        raise InputError(
+            f"eval_steps = {config.watch.eval_steps}, but no held-out pair is left; set 0 or hold some out"
+        )
+    is_reward = isinstance(config.loss, RewardSettings)
+    model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
+    objective = _objective(model, loaded, config)
+    split = _split(pairs, held_out, loaded, config)
+    split = _prepared(model, objective, split, config, helpers.references)
+    trainer = _trainer(model, objective, split, config, places)
+    trainer.show(helpers.on_progress, places.logs)
+    _run(trainer, places)
+    report = TrainingReport(trainer.state.global_step, len(pairs), dropped, len(held_out), held_out_dropped)
+    report.cut = cut_counts([*pairs, *held_out])
+    _fill(report, trainer)
+    if trainer.accelerator.is_main_process:
+        _save(trainer, loaded, config, places.output)
     return report
 
 
-class _OfflineTrainer(Trainer):
-    """Feeds the loss functions; order, accumulation, schedule and precision are the Trainer's."""
+def _encoded(
+    rows: Sequence[PreferenceRow], loaded: LoadedModel, config: OfflineConfig
+) -> tuple[list[EncodedPair], Counter[str]]:
+    return encode_pairs(rows, loaded.tokenizer, config.prompt_format, config.max_length, config.truncation)
 
-    # Our loss is the mean over a micro-batch: the Trainer divides it by the accumulation steps.
-    loss_is_scaled_for_ga = False
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        items: list[_Item],
-        pad_id: int,
-        config: OfflineConfig,
-        output_dir: Path,
-        on_progress: Progress | None,
-    ) -> None:
-        self.config, self.items, self.pad_id = config, items, pad_id
-        self.entries: list[dict[str, float]] = []
-        self._pending: list[dict[str, float]] = []
-        super().__init__(
-            model=model,
-            args=_arguments(config, len(items), output_dir, model.device),
-            train_dataset=cast("Dataset[_Item]", items),
-            data_collator=self._collate,
-            callbacks=[_ReportProgress(on_progress)],
+def _objective(model: PreTrainedModel, loaded: LoadedModel, config: OfflineConfig) -> Objective:
+    pad_id = cast(int, loaded.tokenizer.pad_token_id)
+    if isinstance(config.loss, RewardSettings):
+        return RewardObjective(config.loss, pad_id)
+    keeps_reference = needs(config.loss).reference == "logits"
+    if config.packing:
+        check_packing(model)
+    reference = reference_of(model) if keeps_reference else None
+    return PolicyObjective(config.loss, pad_id, reference, config.max_length if config.packing else 0)
+
+
+def _split(
+    pairs: Sequence[EncodedPair], held_out: Sequence[EncodedPair], loaded: LoadedModel, config: OfflineConfig
+) -> Split:
+    """The names in the order that the group reducer has them, then those of held-out pairs alone."""
+    trained = sorted({pair.group for pair in pairs})
+    names = (*trained, *sorted({pair.group for pair in held_out} - set(trained)))
+    places = {name: place for place, name in enumerate(names)}
+    train, test = (
+        [Item(pair, places[pair.group], margin=pair.score_margin or 0.0) for pair in part] for part in (pairs, held_out)
+    )
+    if isinstance(config.loss, RewardSettings):
+        closing = closing_ids(loaded.tokenizer, config.prompt_format)
+        train = with_prefixes(closed(train, closing), config.loss.prefixes, closing, config.seed)
+        test = closed(test, closing)
+    return Split(train, test, names)
+
+
+def _prepared(
+    model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, references: References
+) -> Split:
+    model.train(False)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        train, test = (
+            objective.prepare(model, items, config.batch_size, partial(references, name))
+            for name, items in (("train", split.train), ("test", split.test))
         )
-        self.remove_callback(PrinterCallback)
-
-    def _collate(self, items: list[_Item]) -> dict[str, Tensor]:
-        batch = collate([item.pair for item in items], self.pad_id, with_rejected=self.config.method == "dpo")
-        return {
-            "token_ids": batch.token_ids,
-            "mask": batch.mask,
-            "is_answer": batch.is_answer,
-            "reference_chosen": torch.tensor([item.reference_chosen for item in items]),
-            "reference_rejected": torch.tensor([item.reference_rejected for item in items]),
-        }
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> "Sampler[int]":
-        lengths = [item.pair.length for item in self.items]
-        return _LengthGrouped(lengths, self.config.batch_size, self.config.seed)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean of the method's per-sample losses."""
-        batch = Batch(inputs["token_ids"], inputs["mask"], inputs["is_answer"])
-        logps = _logps(model, batch)
-        if self.config.method == "dpo":
-            reference = losses.PairLogps(inputs["reference_chosen"], inputs["reference_rejected"])
-            found = losses.dpo(_halves(logps), reference, self.config.beta, self.config.label_smoothing)
-            if self.config.nll_weight:
-                n_tokens = batch.is_answer.sum(dim=-1).chunk(2)[0]
-                found = losses.with_nll(found, logps.chunk(2)[0], n_tokens, self.config.nll_weight)
-        else:
-            found = losses.sft(logps, batch.is_answer.sum(dim=-1))
-        loss = found.per_sample.mean()
-        if not math.isfinite(loss.item()):
-            raise ModelError(f"the loss is {loss.item()} at step {self.state.global_step}; lower learning_rate")
-        self._pending.append({"loss": loss.item()} | {k: v.mean().item() for k, v in found.metrics.items()})
-        return (loss, None) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keep one entry per optimizer step, averaged over its micro-batches."""
-        if not self._pending:
-            return
-        entry = {key: sum(p[key] for p in self._pending) / len(self._pending) for key in self._pending[0]}
-        extra = {key: float(logs[key]) for key in ("learning_rate", "grad_norm") if key in logs}
-        self.entries.append({"step": self.state.global_step} | entry | extra)
-        self._pending.clear()
+    return Split(train, test, split.names)
 
 
-class _LengthGrouped(Sampler[int]):
-    """Every epoch another order, pairs of like length in one batch: little padding, and the same for every run."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size = lengths, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
-        window = 16 * self.batch_size
-        ordered: list[int] = []
-        for start in range(0, len(order), window):
-            ordered += sorted(order[start : start + window], key=lambda index: -self.lengths[index])
-        batches = [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
-        turns = torch.randperm(len(batches), generator=self.generator).tolist()
-        # A short last batch stays last, or every later batch would be torn apart.
-        turns.sort(key=lambda turn: len(batches[turn]) < self.batch_size)
-        return iter([index for turn in turns for index in batches[turn]])
+def _trainer(
+    model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, places: Places
+) -> OfflineTrainer:
+    if config.gradient_checkpointing and config.lora is not None:
+        cast(Any, model).enable_input_require_grads()
+    arguments = training_arguments(config, len(split.train), places, model.device)
+    return OfflineTrainer(model, objective, split, config, arguments)
 
 
-class _ReportProgress(TrainerCallback):
-    def __init__(self, on_progress: Progress | None) -> None:
-        self.on_progress = on_progress
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Pass the step count on."""
-        if self.on_progress is not None:
-            self.on_progress(state.global_step, state.max_steps)
-
-
-def _arguments(config: OfflineConfig, n_pairs: int, output_dir: Path, device: torch.device) -> TrainingArguments:
-    n_batches = math.ceil(n_pairs / config.batch_size)
-    n_steps = math.ceil(n_batches / config.gradient_accumulation) * config.epochs
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup_ratio * n_steps),
-        bf16=config.dtype == "bfloat16",
-        use_cpu=device.type == "cpu",
-        seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
-    )
+def _run(trainer: OfflineTrainer, places: Places) -> None:
+    before = prints(cast(nn.Module, trainer.model))
+    checkpoint = last_checkpoint(places.work)
+    if checkpoint is not None:
+        trainer.restore(read_state(checkpoint))
+    try:
+        with quiet():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except DivergedError as error:
+        kept = last_checkpoint(places.work)
+        fate = f"the last good checkpoint is kept in {kept}" if kept else "there was no checkpoint yet"
+        raise DivergedError(f"{error} ({fate})") from error
+    if not trainer.config.watch.early_stopping:  # whose best weights may be the first ones
+        check_moved(before, prints(cast(nn.Module, trainer.model)))
 
 
-def _with_adapters(model: PreTrainedModel, config: OfflineConfig) -> PreTrainedModel:
-    if config.lora is None:
-        return model
-    from peft import LoraConfig, get_peft_model
+def _fill(report: TrainingReport, trainer: OfflineTrainer) -> None:
+    """Figures of the final weights, and what must be known about them."""
+    split = trainer.split
+    report.groups = trainer.figures_of(split.train)
+    if split.test:
+        report.held_out = trainer.figures_of(split.test)
+        if not trainer.config.watch.early_stopping and not trainer.was_evaluated:
+            trainer.keep("test", report.held_out)
+    if trainer.config.groups.reducer == "robust":
+        first = [point for point in trainer.points if (point.step, point.metric) == (1, "loss") and point.group]
+        report.suggested_step_size = suggest_step_size({str(point.group): point.value for point in first})
+    report.points, report.n_tokens = trainer.points, trainer.n_tokens
+    if trainer.config.watch.early_stopping:
+        report.best_step = trainer.state.best_global_step
+    report.warnings = _one_sided(report.groups, report.held_out) if split.test else []
 
-    adapters = LoraConfig(
-        r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return cast(PreTrainedModel, get_peft_model(model, adapters))
+
+def _one_sided(trained: Figures, held_out: Figures) -> list[Warned]:
+    """Groups of which the figures say less than they seem to."""
+    unseen = [Warned(name, "held out, but not trained on") for name in held_out if name not in trained]
+    unchecked = [Warned(name, "trained on, but none held out") for name in trained if name not in held_out]
+    return sorted(unseen + unchecked, key=lambda one: one.group)
+
+
+def _save(trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, output: Path) -> None:
+    model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
+    with quiet():
+        if config.lora is not None:
+            cast(Any, model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
+            is_4bit = getattr(loaded.model, "is_loaded_in_4bit", False)
+            model = merged_anew(loaded.source, output / ADAPTER, "bfloat16") if is_4bit else merged(model)
+        model.save_pretrained(output)
+        loaded.tokenizer.save_pretrained(output)
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -258,63 +197,3 @@ def _without_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             cast(Any, module).attention_dropout = 0.0
-
-
-def _with_reference(loaded: LoadedModel, pairs: Sequence[EncodedPair], config: OfflineConfig) -> list[_Item]:
-    if config.method != "dpo":
-        return [_Item(pair) for pair in pairs]
-    logps = _all_logps(loaded.model, loaded, pairs, config)
-    return [
-        _Item(pair, chosen, rejected)
-        for pair, chosen, rejected in zip(pairs, logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
-    ]
-
-
-@torch.no_grad()
-def _all_logps(
-    model: nn.Module, loaded: LoadedModel, pairs: Sequence[EncodedPair], config: OfflineConfig
-) -> losses.PairLogps:
-    """Log-probabilities of all pairs, in their order."""
-    model.eval()
-    device = next(model.parameters()).device
-    chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
-    order = sorted(range(len(pairs)), key=lambda index: pairs[index].length)
-    for start in range(0, len(order), config.batch_size):
-        indices = order[start : start + config.batch_size]
-        batch = collate([pairs[index] for index in indices], loaded.tokenizer.pad_token_id, with_rejected=True)
-        moved = Batch(batch.token_ids.to(device), batch.mask.to(device), batch.is_answer.to(device))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            logps = _halves(_logps(model, moved))
-        chosen[indices], rejected[indices] = logps.chosen.cpu(), logps.rejected.cpu()
-    return losses.PairLogps(chosen, rejected)
-
-
-def _group_figures(
-    model: nn.Module, loaded: LoadedModel, items: Sequence[_Item], config: OfflineConfig
-) -> dict[str, dict[str, float]]:
-    """Reward accuracy and margin of every group over the training pairs, with the final weights."""
-    policy = _all_logps(model, loaded, [item.pair for item in items], config)
-    reference = losses.PairLogps(
-        torch.tensor([item.reference_chosen for item in items]),
-        torch.tensor([item.reference_rejected for item in items]),
-    )
-    metrics = losses.dpo(policy, reference, config.beta).metrics
-    figures: dict[str, dict[str, float]] = {}
-    for group in sorted({item.pair.group for item in items}):
-        chosen = torch.tensor([item.pair.group == group for item in items])
-        figures[group] = {
-            "pairs": int(chosen.sum()),
-            "accuracy": round(metrics["rewards/accuracies"][chosen].mean().item(), 6),
-            "margin": round(metrics["rewards/margins"][chosen].mean().item(), 6),
-        }
-    return figures
-
-
-def _logps(model: nn.Module, batch: Batch) -> Tensor:
-    output = model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False)
-    return losses.answer_logps(output.logits, batch.token_ids, batch.is_answer)
-
-
-def _halves(logps: Tensor) -> losses.PairLogps:
-    chosen, rejected = logps.chunk(2)
-    return losses.PairLogps(chosen, rejected)

@@ -102,7 +102,7 @@ def _metrics(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
 
 
 def _training(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
-    drawn = plots.curves(queries.training_curves(connection))
+    drawn = pictures.training(connection)
     notes = () if drawn else ("The training log is empty.",)
     return Section("Training", "", notes, (), tuple(drawn))
 

@@ -7,6 +7,7 @@ import duckdb
 from storage.histogram import histogram_of
 from storage.lake import DatasetRef, Lake
 from storage.report import plots, queries
+from storage.report.group_curves import group_curves
 from storage.report.plots import Picture
 from storage.report.style import need_matplotlib
 from storage.report.tables import open_tables, subject
@@ -60,13 +61,15 @@ def before_after(connection: Connection) -> Picture | None:
     return plots.before_after(queries.metrics(connection))
 
 
-def training(connection: Connection) -> Picture | None:
-    """The first curves of a training."""
-    return next(iter(plots.curves(queries.training_curves(connection))), None)
+def training(connection: Connection) -> list[Picture]:
+    """Curves of a training: of all pairs first, then of the groups."""
+    curves = plots.curves(queries.training_curves(connection))
+    groups = group_curves(connection)
+    return [*curves[:1], *([groups] if groups else []), *curves[1:]]
 
 
 # What is drawn of a stage, and the one table that it is drawn from.
-_OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | None], str]] = {
+_OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | list[Picture] | None], str]] = {
     "ingest": (prompt_lengths, "prompts"),
     "generate": (tokens, "candidates"),
     "score": (scores, "candidates"),
@@ -77,11 +80,17 @@ _OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | None], str]] = {
 
 
 def main_picture(lake: Lake, ref: DatasetRef) -> Picture | None:
-    """The picture of a published version; None where there is nothing to draw. ExtraError without matplotlib."""
+    """The first picture of a published version; None where there is nothing to draw."""
+    return next(iter(stage_pictures(lake, ref)), None)
+
+
+def stage_pictures(lake: Lake, ref: DatasetRef) -> list[Picture]:
+    """What there is to see of a published version, most telling first. ExtraError without matplotlib."""
     need_matplotlib()
     about = subject(lake, ref)
     if about.manifest.stage not in _OF_STAGE:
-        return None
+        return []
     draw, table = _OF_STAGE[about.manifest.stage]
     with open_tables(lake, about, (table,)) as connection:
-        return draw(connection)
+        found = draw(connection)
+    return found if isinstance(found, list) else [found] if found else []

@@ -32,7 +32,7 @@ def distribution(key: str, title: str, unit: str, found: Histogram | None) -> Pi
     """One outline per group: the share of its values in each bin."""
     if found is None:
         return None
-    shown, note = _shown({group: sum(counts) for group, counts in found.counts.items()})
+    shown, note = largest_groups({group: sum(counts) for group, counts in found.counts.items()})
     said = []
     with settings():
         figure, (axes,) = new_figure()
@@ -45,7 +45,7 @@ def distribution(key: str, title: str, unit: str, found: Histogram | None) -> Pi
             most = counts.index(max(counts))
             said.append(f"{group}: {sum(counts)}, most often {found.edges[most]:g} to {found.edges[most + 1]:g}")
         axes.set(xlabel=unit, ylabel="share of the group", ylim=(0, None))
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     return Picture(key, title, f"{title}, as outlines of histograms. {'; '.join(said)}.", note, figure)
 
 
@@ -55,7 +55,7 @@ def scatter(key: str, title: str, facets: Mapping[str, Points], axis_names: tupl
     if not filled:
         return None
     sizes = {group: sum(p.groups.count(group) for p in filled.values()) for p in filled.values() for group in p.groups}
-    shown, note = _shown(sizes)
+    shown, note = largest_groups(sizes)
     said = []
     with settings():
         figure, columns = new_figure(len(filled), height=3.1, width=max(6.4, 3.0 * len(filled)))
@@ -66,7 +66,7 @@ def scatter(key: str, title: str, facets: Mapping[str, Points], axis_names: tupl
             axes.set_xlabel(axis_names[0])
             said.append(f"{name or title}: {pearson}{points.n} answers, {len(points.x)} of them drawn")
         columns[0].set_ylabel(axis_names[1])
-        _legend_above(figure, columns[0])
+        legend_above(figure, columns[0])
     return Picture(key, title, f"{title}, as points. {'; '.join(said)}.", note, figure)
 
 
@@ -74,7 +74,7 @@ def tokens(rows: Sequence[tuple[str, int, float]]) -> Picture | None:
     """Bars per group: tokens decoded, and beside them what cuts saved."""
     if not rows or not sum(decoded for _, decoded, _ in rows):
         return None
-    shown, note = _shown({group: decoded for group, decoded, _ in rows})
+    shown, note = largest_groups({group: decoded for group, decoded, _ in rows})
     bars = [row for row in rows if row[0] in shown]
     said = [f"{g}: {d} decoded, {round(s)} saved ({s / (d + s):.0%})" for g, d, s in bars if d + s]
     with settings():
@@ -87,7 +87,7 @@ def tokens(rows: Sequence[tuple[str, int, float]]) -> Picture | None:
         axes.set_yticks(places, [label(group) for group, *_ in bars])
         axes.set_xlabel("tokens")
         axes.grid(False, axis="y")
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     caption = (
         "What a cut answer would still have cost is estimated by the mean length of its prompt's finished answers."
     )
@@ -101,7 +101,7 @@ def drops(rows: Sequence[tuple[str, str, int]]) -> Picture | None:
     sizes: dict[str, int] = {}
     for group, _, count in rows:
         sizes[group] = sizes.get(group, 0) + count
-    shown, note = _shown(sizes)
+    shown, note = largest_groups(sizes)
     reasons = sorted({reason for _, reason, _ in rows})
     kept = reasons[: len(SERIES)]
     counts = {(group, reason): count for group, reason, count in rows}
@@ -116,7 +116,7 @@ def drops(rows: Sequence[tuple[str, str, int]]) -> Picture | None:
         axes.set_yticks(places, [label(group) for group in shown])
         axes.set_xlabel("rows dropped")
         axes.grid(False, axis="y")
-        _legend_above(figure, axes)
+        legend_above(figure, axes)
     if len(kept) < len(reasons):
         note += f" The first {len(kept)} of {len(reasons)} reasons; the table below has all."
     said = "; ".join(f"{group}: {count} {reason}" for group, reason, count in rows if group in shown)
@@ -190,7 +190,7 @@ def _points(axes: "Axes", points: Points, shown: Sequence[str]) -> None:
         )
 
 
-def _shown(sizes: Mapping[str, float]) -> tuple[list[str], str]:
+def largest_groups(sizes: Mapping[str, float]) -> tuple[list[str], str]:
     """The largest groups, as many as colours tell apart, in the order of their names; and what to say of the others."""
     largest = sorted(sizes, key=lambda group: (-sizes[group], group))[: len(SERIES)]
     if len(largest) == len(sizes):
@@ -198,7 +198,8 @@ def _shown(sizes: Mapping[str, float]) -> tuple[list[str], str]:
     return sorted(largest), f"The {len(largest)} largest of {len(sizes)} groups; the table has all."
 
 
-def _legend_above(figure: "Figure", axes: "Axes") -> None:
+def legend_above(figure: "Figure", axes: "Axes") -> None:
+    """The legend of some axes, over all of them."""
     legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, markerscale=2.0)
     for handle in legend.legend_handles:
         if handle is not None:

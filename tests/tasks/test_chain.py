@@ -59,7 +59,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_policy_dir: Path, tiny
                 "cut_keep": [0.5],
             },
             "score": reward,
-            "finetune": {"model": policy, "epochs": 1, "batch_size": 4, "threads": 1},
+            "finetune": {"model": policy, "epochs": 1, "batch_size": 4, "threads": 1, "report_to": "none"},
             "evaluate": reward | {"samples": 2, "max_new_tokens": 16, "truth": "none", "max_rows": 16},
         }
     )

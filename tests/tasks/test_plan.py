@@ -66,9 +66,39 @@ OTHERS: dict[str, object] = {
     "balance": "smallest",
     "method": "sft",
     "lora": True,
+    "beta": 0.3,
+    "preset": "trl",
+    "length_norm": "mean",
+    "sft_term": "sequence",
+    "simpo_gamma": 0.5,
+    "chi": 0.5,
+    "reducer": "importance",
+    "gradient_checkpointing": True,
+    "lora_targets": ["q_proj"],
+    "report_to": "none",
+    "truncation": "keep_end",
+    "packing": True,
+    "reference": "anew",
     "truth": "none",
     "s3d": "4",
     "s3d_adapter": "elsewhere",
+}
+# A value that nothing reads is refused: it needs what reads it.
+READERS: dict[str, dict[str, object]] = {
+    "length_norm": {"method": "ipo", "length_norm": "sum"},
+    "dpop_lambda": {"method": "dpop"},
+    "tdpo_alpha": {"method": "tdpo2"},
+    "orpo_lambda": {"method": "orpo"},
+    "sft_term": {"method": "orpo"},
+    "simpo_gamma": {"method": "simpo"},
+    "desirable_weight": {"method": "kto"},
+    "undesirable_weight": {"method": "kto"},
+    "reward_margin": {"method": "reward"},
+    "reward_prefixes": {"method": "reward"},
+    **{name: {"reducer": "robust"} for name in ("step_size", "chi", "adjustment")},
+    **{name: {"lora": True} for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")},
+    "early_stopping": {"eval_steps": 100},
+    "packing": {"method": "sft"},
 }
 
 
@@ -107,11 +137,18 @@ def test_flipping_a_field_changes_its_stage_and_those_after_it_only(
 ) -> None:
     source = tmp_path / "other.jsonl"
     source.write_text('{"prompt": "x"}\n')
-    others = {"model": str(tiny_policy_dir), "reward_model": str(tiny_reward_dir), "source": str(source)}
+    others = {
+        "model": str(tiny_policy_dir),
+        "lora_adapter": str(tiny_policy_dir),
+        "reward_model": str(tiny_reward_dir),
+        "source": str(source),
+    }
     others["dataset_split"] = "validation"
     lake = Lake.open(str(tmp_path / "lake"))
     base = {"evaluate": {"truth": "starter"}}
-    changed = {**base, stage: {**base.get(stage, {}), **_flipped(stage, name, others)}}
+    readers = READERS.get(name, {})
+    base[stage] = {**base.get(stage, {}), **readers}
+    changed = {**base, stage: {**base[stage], **_flipped(stage, name, others)}}
     before, after = _versions(dict(base), lake), _versions(changed, lake)
     moved = {each for each in STAGES if before[each] != after[each]}
     assert moved == AFTER[stage]

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 from runtime.alignment.collate import PreferenceRow, collate, encode_pairs
-from runtime.alignment.offline import LoraSettings, OfflineConfig, train_offline
+from runtime.alignment.config import LoraSettings, OfflineConfig, Places
+from runtime.alignment.losses import LossSettings
+from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.report import TrainingReport
 from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel, load_policy
 from runtime.records import Message
@@ -22,10 +25,8 @@ def _rows(count: int = 10) -> list[PreferenceRow]:
     ]
 
 
-def _train(folder: Path, output: Path, config: OfflineConfig) -> tuple[LoadedModel, object]:
-    loaded = load_policy(str(folder))
-    report = train_offline(loaded, _rows(), config, "chat", output)
-    return loaded, report
+def _train(folder: Path, output: Path, config: OfflineConfig, count: int = 10) -> TrainingReport:
+    return train_offline(load_policy(str(folder)), PairRows(_rows(count)), config, Places(output, output / "work"))
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -33,16 +34,20 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_dpo_raises_accuracy_and_margin_of_every_group(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    _, report = _train(tiny_policy_dir, tmp_path, DPO)
+    report = _train(tiny_policy_dir, tmp_path, DPO)
     assert report.steps == 12
-    assert abs(report.log[0]["loss"] - 0.693147) < 1e-4
-    assert report.log[-1]["loss"] < report.log[0]["loss"]
-    assert {group: figures["accuracy"] for group, figures in report.groups.items()} == {"child": 1.0, "clerk": 1.0}
+    assert abs(report.curve("loss")[0] - 0.693147) < 1e-4
+    assert report.curve("loss")[-1] < report.curve("loss")[0]
+    assert {g: values["rewards/accuracies"] for g, values in report.groups.items()} == {
+        "": 1.0,
+        "child": 1.0,
+        "clerk": 1.0,
+    }
 
 
 def test_sft_lowers_the_loss_of_the_chosen_answers(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    _, report = _train(tiny_policy_dir, tmp_path, replace(DPO, method="sft", epochs=8))
-    assert report.log[-1]["loss"] < 0.8 * report.log[0]["loss"]
+    report = _train(tiny_policy_dir, tmp_path, replace(DPO, loss=LossSettings("sft"), epochs=8))
+    assert report.curve("loss")[-1] < 0.8 * report.curve("loss")[0]
 
 
 def test_the_same_seed_gives_the_same_weights(tiny_policy_dir: Path, tmp_path: Path) -> None:
@@ -53,23 +58,21 @@ def test_the_same_seed_gives_the_same_weights(tiny_policy_dir: Path, tmp_path: P
 
 
 def test_lora_leaves_the_base_alone_and_writes_adapter_and_merged_model(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    _, report = _train(tiny_policy_dir, tmp_path, replace(DPO, lora=LoraSettings(4, 8), learning_rate=1e-2))
+    report = _train(tiny_policy_dir, tmp_path, replace(DPO, lora=LoraSettings(4, 8), learning_rate=1e-2))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     base, merged = _weights(tiny_policy_dir), _weights(tmp_path)
     assert base.keys() == merged.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed
     assert all("_proj" in name for name in changed)
-    assert report.log[-1]["loss"] < report.log[0]["loss"]
+    assert report.curve("loss")[-1] < report.curve("loss")[0]
 
 
 def test_accumulated_small_batches_equal_one_large_batch(tiny_policy_dir: Path, tmp_path: Path) -> None:
     large = replace(DPO, batch_size=5, epochs=1, learning_rate=1e-3)
     small = replace(large, batch_size=1, gradient_accumulation=5)
-    loaded = load_policy(str(tiny_policy_dir))
-    train_offline(loaded, _rows(5), large, "chat", tmp_path / "large")
-    loaded = load_policy(str(tiny_policy_dir))
-    train_offline(loaded, _rows(5), small, "chat", tmp_path / "small")
+    _train(tiny_policy_dir, tmp_path / "large", large, 5)
+    _train(tiny_policy_dir, tmp_path / "small", small, 5)
     first, second = _weights(tmp_path / "large"), _weights(tmp_path / "small")
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
 
@@ -93,8 +96,8 @@ def test_only_answer_tokens_and_the_end_token_are_trained_on(tiny_policy: Loaded
 
 
 def test_no_row_left_is_one_clear_line(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="10 too_long"):
-        train_offline(load_policy(str(tiny_policy_dir)), _rows(), replace(DPO, max_length=3), "chat", tmp_path)
+    with pytest.raises(InputError, match="10 prompt_too_long"):
+        _train(tiny_policy_dir, tmp_path, replace(DPO, max_length=3))
 
 
 def test_a_diverging_run_stops_with_one_clear_line(tiny_policy_dir: Path, tmp_path: Path) -> None:
@@ -102,5 +105,5 @@ def test_a_diverging_run_stops_with_one_clear_line(tiny_policy_dir: Path, tmp_pa
     with torch.no_grad():
         loaded.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="the loss is nan at step 0; lower learning_rate"):
-        train_offline(loaded, _rows(), DPO, "chat", tmp_path)
+        train_offline(loaded, PairRows(_rows()), DPO, Places(tmp_path, tmp_path / "work"))
     assert not (tmp_path / "model.safetensors").exists()

@@ -1,0 +1,83 @@
+"""What happens between the Trainer's steps: progress, group weights, the next epoch's order, our checkpoint file."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from runtime.alignment.checkpoints import write_state
+from runtime.records import Progress
+
+if TYPE_CHECKING:
+    from runtime.alignment.trainer import OfflineTrainer
+
+
+class ReportProgress(TrainerCallback):
+    """Passes the step count on."""
+
+    def __init__(self, on_progress: Progress) -> None:
+        self.on_progress = on_progress
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """After every optimizer step."""
+        self.on_progress(state.global_step, state.max_steps)
+
+
+class EventFiles(TrainerCallback):
+    """Figures as TensorBoard's event files, and nothing else: they are published, so no paths and no host names."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.writer = folder, SummaryWriter(str(folder))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Of every optimizer step and evaluation."""
+        if state.is_world_process_zero:
+            for name, value in (logs or {}).items():
+                shown = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                self.writer.add_scalar(shown, value, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Files are named by host and process; ours by their number."""
+        self.writer.close()
+        for number, path in enumerate(sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+            path.rename(self.folder / f"part-{number:05d}.tfevents")
+
+
+class OwnState(TrainerCallback):
+    """Moves and saves the state that transformers does not know of."""
+
+    def __init__(self, trainer: "OfflineTrainer") -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The order is a function of the epoch, in a resumed training too."""
+        self.trainer.sampler.epoch = int(state.epoch or 0)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Group weights move once per optimizer step, by the losses of all its batches on all processes."""
+        reducer = self.trainer.reducer
+        reducer.step(self.trainer.summed(reducer.sums))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Every process has written its part by now."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            write_state(checkpoint, self.trainer.own_state())

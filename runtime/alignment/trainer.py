@@ -1,0 +1,228 @@
+"""One transformers.Trainer for every method that needs no new samples."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from runtime.alignment.arguments import WORST_LOSS
+from runtime.alignment.callbacks import EventFiles, OwnState, ReportProgress
+from runtime.alignment.config import OfflineConfig
+from runtime.alignment.figures import ALL, Figures, GroupSums, extremes
+from runtime.alignment.groups import GroupReducer
+from runtime.alignment.items import Inputs, Item, Objective
+from runtime.alignment.report import Point
+from runtime.alignment.sampler import LengthGrouped
+from runtime.errors import ModelError
+from runtime.records import Progress
+
+MEMORY = 10  # steps whose mean loss tells whether a training diverges
+
+
+class DivergedError(ModelError):
+    """The loss left the numbers, or rose far above where it began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Items to train on and held-out ones, and the names that their group_id counts: those of training first."""
+
+    train: list[Item]
+    test: list[Item]
+    names: tuple[str, ...]
+
+
+class OfflineTrainer(Trainer):
+    """Feeds an objective, reduces its losses by group and keeps figures; order, accumulation and schedule are HF's."""
+
+    # Our loss is the mean over a micro-batch: the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    method: Objective
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        split: Split,
+        config: OfflineConfig,
+        arguments: TrainingArguments,
+    ) -> None:
+        self.method, self.split, self.config = objective, split, config
+        counts = {name: sum(item.group_id == i for item in split.train) for i, name in enumerate(split.names)}
+        self.reducer = GroupReducer(config.groups, {name: count for name, count in counts.items() if count})
+        self.sampler = LengthGrouped([item.pair.length for item in split.train], config.batch_size, config.seed)
+        self.sums = GroupSums(split.names)
+        self.points: list[Point] = []
+        self.losses: deque[float] = deque(maxlen=MEMORY)
+        self.first_loss, self.n_tokens = math.nan, 0
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=cast("Dataset[Item]", split.train),
+            eval_dataset=cast("Dataset[Item]", split.test) if split.test else None,
+            data_collator=objective.collate,
+            callbacks=[OwnState(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        if config.watch.early_stopping:
+            self.add_callback(EarlyStoppingCallback(config.watch.early_stopping))
+
+    def show(self, on_progress: Progress | None, logs: Path | None) -> None:
+        """Have steps reported, and figures written as TensorBoard's event files."""
+        if on_progress is not None:
+            self.add_callback(ReportProgress(on_progress))
+        is_wanted = self.config.watch.report_to == "tensorboard" and self.accelerator.is_main_process
+        if logs is not None and is_wanted:
+            self.add_callback(EventFiles(logs))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The reducer's mean of the losses of a micro-batch."""
+        group_ids = inputs["group_ids"]
+        with self.autocast_smart_context_manager():
+            found = self.method.losses(model, inputs)
+        self.sums.add(found, group_ids)
+        self.reducer.observe(found.per_sample, group_ids)
+        loss = self.reducer.reduce(found.per_sample, group_ids)
+        # Micro-batches may differ in size, the last of an epoch most of all: every pair weighs the same.
+        assert num_items_in_batch is not None
+        loss = loss * (len(group_ids) * self.current_gradient_accumulation_steps / num_items_in_batch)
+        return (loss, None) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step, and the pairs they have, on the mean of all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        n_pairs = torch.tensor(float(sum(len(batch["group_ids"]) for batch in batches)), device=device)
+        self.n_tokens += int(self.summed(torch.stack([batch["mask"].sum() for batch in batches]).sum()))
+        return batches, self.summed(n_pairs) / self.accelerator.num_processes
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """bfloat16 where it is asked for, whatever wraps the model's forward pass."""
+        is_on = self.config.dtype == "bfloat16"
+        return torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=is_on, cache_enabled=cache_enabled)
+
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Figures of the held-out pairs; group weights play no part and stay."""
+        figures = self.figures_of(self.split.test)
+        self.keep("test", figures)
+        worst = extremes(figures)["worst/loss"]
+        if not math.isfinite(worst):
+            raise DivergedError(f"the held-out loss is {worst} at step {self.state.global_step}; lower learning_rate")
+        metrics = {"eval_loss": figures[ALL]["loss"], WORST_LOSS: worst}
+        self.log(metrics | {f"eval_{name}/loss": values["loss"] for name, values in figures.items() if name != ALL})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def figures_of(self, items: Sequence[Item]) -> Figures:
+        """Per group, with the present weights; the processes share the work."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.train(False)
+        sums, n_processes = GroupSums(self.split.names), self.accelerator.num_processes
+        order = sorted(items, key=lambda item: item.pair.length)
+        width = self.config.batch_size
+        for start in range(0, len(order), width * n_processes):
+            own = start + width * self.accelerator.process_index
+            # Sharded models want every process in every pass, so one that has no pairs left takes the first again.
+            batch = order[own : own + width] or order[:1]
+            inputs: Inputs = self._prepare_inputs(self.method.collate(batch))
+            with self.autocast_smart_context_manager():
+                sums.add(self.method.losses(model, inputs), inputs["group_ids"], is_counted=own < len(order))
+        model.train(was_training)
+        return sums.figures(self.summed)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep figures for every optimizer step, and pass them to whoever is reported to."""
+        if "grad_norm" in logs and not self.sums.is_empty:
+            figures = self.sums.figures(self.summed)
+            extra = {name: float(logs[name]) for name in ("grad_norm", "learning_rate")}
+            if self.config.groups.reducer != "mean":
+                extra["objective"] = float(logs["loss"])
+            figures[ALL] |= extra
+            self.keep("train", figures)
+            logs = {f"groups/{name}/loss": values["loss"] for name, values in figures.items() if name != ALL}
+            logs |= figures[ALL]
+            self._check_course(figures[ALL]["loss"])
+        super().log(logs, start_time)
+
+    def keep(self, split: str, figures: Figures) -> None:
+        """Put figures, extremes and group weights into the record."""
+        step, shown = self.state.global_step, {name: dict(values) for name, values in figures.items()}
+        shown[ALL] |= extremes(figures)
+        if self.config.groups.reducer != "mean" and split == "train":
+            # All of them: one that has no pair in this step has a weight too.
+            for name, weight in zip(self.reducer.names, self.reducer.weights.tolist(), strict=True):
+                shown.setdefault(name, {})["weight"] = weight
+        for name, values in shown.items():
+            known = ((metric, value) for metric, value in values.items() if metric != "pairs")
+            self.points += [Point(step, split, name or None, metric, value) for metric, value in known]
+
+    @property
+    def was_evaluated(self) -> bool:
+        """Whether the record has held-out figures of the last step."""
+        return any(point.split == "test" and point.step == self.state.global_step for point in self.points)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Over all processes."""
+        on_device = values.to(self.args.device)
+        return cast(Tensor, self.accelerator.reduce(on_device, "sum")) if self.accelerator.num_processes > 1 else values
+
+    def own_state(self) -> dict[str, object]:
+        """What a resumed training needs beside the Trainer's own state."""
+        return {
+            "reducer": self.reducer.state_dict(),
+            "points": [list(asdict(point).values()) for point in self.points],
+            "losses": list(self.losses),
+            "first_loss": self.first_loss,
+            "n_tokens": self.n_tokens,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `own_state`."""
+        self.reducer.load_state_dict(state["reducer"])
+        self.points = [Point(*values) for values in state["points"]]
+        self.losses.extend(state["losses"])
+        self.first_loss, self.n_tokens = state["first_loss"], state["n_tokens"]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Before weights and optimizer are touched: a loss or gradient that is no number ends the training."""
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if not math.isfinite(norm):
+            loss = self.sums.figures(self.summed)[ALL]["loss"]
+            what = f"gradient is {float(norm)}" if math.isfinite(loss) else f"loss is {loss}"
+            raise DivergedError(f"the {what} at step {self.state.global_step}; lower learning_rate")
+        return norm
+
+    def _check_course(self, loss: float) -> None:
+        if math.isnan(self.first_loss):
+            self.first_loss = loss
+        self.losses.append(loss)
+        limit, mean = self.config.watch.divergence * abs(self.first_loss), sum(self.losses) / len(self.losses)
+        if limit and len(self.losses) == MEMORY and mean > limit:
+            raise DivergedError(
+                f"the loss was {self.first_loss:.4g} at the first step and {mean:.4g} over the last {MEMORY} "
+                f"before step {self.state.global_step}; lower learning_rate, or raise divergence"
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        return self.sampler

@@ -1,0 +1,85 @@
+"""Small trainings for the tests here, in this process or (`python -m tests.runtime.alignment.trained`) in others."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from runtime.alignment.collate import PreferenceRow
+from runtime.alignment.config import LoraSettings, OfflineConfig, Places, Watch
+from runtime.alignment.groups import GroupSettings
+from runtime.alignment.losses import LossSettings
+from runtime.alignment.offline import Helpers, PairRows, train_offline
+from runtime.alignment.report import TrainingReport
+from runtime.models import LoadedModel, load_policy
+from runtime.records import Message
+
+DPO = OfflineConfig(learning_rate=3e-3, epochs=4, batch_size=4, max_length=128)
+ROBUST = replace(DPO, groups=GroupSettings("robust", step_size=0.5))
+LORA = replace(DPO, lora=LoraSettings(4, 8), learning_rate=1e-2)
+CONFIGS = {"full": ROBUST, "lora": replace(LORA, groups=ROBUST.groups)}
+CONFIGS["token level"] = replace(ROBUST, loss=LossSettings("tdpo2"))
+CONFIGS["accumulated"] = replace(ROBUST, batch_size=3, gradient_accumulation=2)
+# The processes of a data-parallel training split each step's batches among them.
+CONFIGS["parallel"] = replace(ROBUST, learning_rate=1e-3, epochs=2, batch_size=2)
+CONFIGS["parallel alone"] = replace(CONFIGS["parallel"], gradient_accumulation=2)
+for method in ("sft", "kto", "tdpo2"):
+    for alone in ("", " alone"):
+        CONFIGS[f"{method}{alone}"] = replace(CONFIGS[f"parallel{alone}"], loss=LossSettings(method))
+
+
+def rows(count: int = 10, groups: tuple[str, ...] = ("child", "clerk")) -> list[PreferenceRow]:
+    """Pairs of different lengths, their groups in turn; some groups have harder ones."""
+    return [
+        PreferenceRow(
+            f"p{i}",
+            groups[i % len(groups)],
+            (Message("user", f"{i} + 1"),),
+            f"yes {i}" * (1 + i % 3),
+            f"no {i}" + "!" * (i % len(groups)),
+            float(1 + i % 2),
+        )
+        for i in range(count)
+    ]
+
+
+def train(loaded: LoadedModel, output: Path, config: OfflineConfig, data: PairRows | None = None) -> TrainingReport:
+    """Train on `rows()`, with checkpoints beside the model."""
+    return train_offline(loaded, data or PairRows(rows()), config, Places(output, output / "work"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a model that was written."""
+    return dict(load_policy(str(folder)).model.state_dict())
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Over all weights of two models."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) -> None:
+    """Train one of CONFIGS; die without a word behind step `killed_at` (0: live)."""
+    torch.set_num_threads(1)
+    config = replace(CONFIGS[kind], watch=Watch(save_steps=int(save_steps)))
+    folder = Path(output)
+
+    def on_progress(done: int, total: int) -> None:
+        if done == int(killed_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    places = Places(folder, folder / "work")
+    report = train_offline(load_policy(model), PairRows(rows(16), rows(6)), config, places, Helpers(on_progress))
+    if os.environ.get("RANK", "0") == "0":
+        points = [[p.step, p.split, p.group, p.metric, p.value] for p in report.points]
+        (folder / "report.json").write_text(json.dumps({"points": points, "tokens": report.n_tokens}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
