@@ -83,7 +83,7 @@ def remax_returns(scores: Tensor, baselines: Tensor, kl: Tensor, mask: Tensor, k
     """
     after = mask.flip(1).cumsum(dim=1).flip(1)  # n - t + 1
     gain = (scores - baselines).clamp(-REMAX_CLIP, REMAX_CLIP)
-    returns = -kl_coef * kl + gain[:, None] * gamma**after
+    returns = -kl_coef * kl + gain[:, None] * gamma ** after.to(kl.dtype)
     return torch.where(mask, returns, torch.zeros_like(kl))
 
 
