@@ -40,6 +40,12 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = Field(
         0.0, title="Label smoothing", description="Assumed share of flipped pairs (dpo, simpo)", ge=0, lt=0.5
     )
+    reference: Literal["auto", "stored", "anew"] = Field(
+        "auto",
+        title="Reference",
+        description="stored: its log-probabilities are computed once per model and pairs and kept in the lake; anew: "
+        "by every training; auto: stored where the method asks for no more than that",
+    )
     length_norm: Literal["sum", "mean"] | None = Field(
         None,
         title="Length norm",
@@ -89,6 +95,12 @@ class FinetuneConfig(StageConfig):
         False, title="Gradient checkpointing", description="Less memory, for about a third more time"
     )
     max_length: int = Field(256, title="Length", description="Tokens of prompt and answer together", ge=2)
+    truncation: Literal["drop", "keep_end", "keep_start"] = Field(
+        "drop",
+        title="Truncation",
+        description="Of longer pairs: drop them, cut the prompt's start (keep_end) or the answers' ends (keep_start)",
+    )
+    packing: bool = Field(False, title="Packing", description="Short samples of a batch share rows (sft)")
     warmup_ratio: float = Field(0.1, title="Warm-up", description="Share of the steps", ge=0, le=1)
     lora: bool = Field(False, title="LoRA", description="Train low-rank adapters and merge them at the end")
     lora_rank: int = Field(16, title="LoRA rank", description="Width of the adapters", ge=1)

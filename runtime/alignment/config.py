@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime.alignment.encode import Truncation
 from runtime.alignment.groups import GroupSettings
 from runtime.alignment.losses import LossSettings
 from runtime.errors import ConfigError
@@ -68,7 +69,10 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class OfflineConfig:
-    """Training settings; batch_size counts pairs per process, max_length tokens of prompt and answer."""
+    """Training settings; batch_size counts pairs per process, max_length tokens of prompt and answer.
+
+    packing: short samples of a batch share rows of max_length tokens (sft); their losses stay the same.
+    """
 
     loss: LossSettings | RewardSettings = LossSettings()
     groups: GroupSettings = GroupSettings()
@@ -78,12 +82,19 @@ class OfflineConfig:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     max_length: int = 1024
+    truncation: Truncation = "drop"
+    packing: bool = False
     warmup_ratio: float = 0.1
     lora: LoraSettings | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompt_format: PromptFormat = "chat"
     watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        """ConfigError for what cannot work."""
+        if self.packing and self.method != "sft":
+            raise ConfigError(f"packing = true: {self.method} compares whole rows; pack with method = sft alone")
 
     @property
     def method(self) -> str:

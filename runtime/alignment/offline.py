@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +16,16 @@ from runtime.alignment.arguments import training_arguments
 from runtime.alignment.checkpoints import last_checkpoint, read_state
 from runtime.alignment.collate import EncodedPair, PreferenceRow, encode_pairs
 from runtime.alignment.config import OfflineConfig, Places, RewardSettings
+from runtime.alignment.encode import cut_counts
 from runtime.alignment.figures import Figures
 from runtime.alignment.groups import suggest_step_size
 from runtime.alignment.items import Item, Objective
 from runtime.alignment.losses import needs
 from runtime.alignment.objective import PolicyObjective
+from runtime.alignment.packing import check_packing
+from runtime.alignment.reference import References, not_stored
 from runtime.alignment.report import TrainingReport, Warned
-from runtime.alignment.reward import RewardObjective, closing_ids, with_prefixes
+from runtime.alignment.reward import RewardObjective, closed, closing_ids, with_prefixes
 from runtime.alignment.trainer import DivergedError, OfflineTrainer, Split
 from runtime.errors import InputError
 from runtime.models import LoadedModel, quiet
@@ -38,8 +42,16 @@ class PairRows:
     test: Sequence[PreferenceRow] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Helpers:
+    """What a training may use of the world around it."""
+
+    on_progress: Progress | None = None
+    references: References = not_stored
+
+
 def train_offline(
-    loaded: LoadedModel, rows: PairRows, config: OfflineConfig, places: Places, on_progress: Progress | None = None
+    loaded: LoadedModel, rows: PairRows, config: OfflineConfig, places: Places, helpers: Helpers = Helpers()
 ) -> TrainingReport:
     """Train `loaded.model` in place and write a plain Hugging Face folder (LoRA: merged, with `adapter/` beside it).
 
@@ -60,10 +72,12 @@ def train_offline(
     model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
     objective = _objective(model, loaded, config)
     split = _split(pairs, held_out, loaded, config)
+    split = _prepared(model, objective, split, config, helpers.references)
     trainer = _trainer(model, objective, split, config, places)
-    trainer.show(on_progress, places.logs)
+    trainer.show(helpers.on_progress, places.logs)
     _run(trainer, places)
     report = TrainingReport(trainer.state.global_step, len(pairs), dropped, len(held_out), held_out_dropped)
+    report.cut = cut_counts([*pairs, *held_out])
     _fill(report, trainer)
     if trainer.accelerator.is_main_process:
         _save(trainer, loaded, config, places.output)
@@ -73,7 +87,7 @@ def train_offline(
 def _encoded(
     rows: Sequence[PreferenceRow], loaded: LoadedModel, config: OfflineConfig
 ) -> tuple[list[EncodedPair], Counter[str]]:
-    return encode_pairs(rows, loaded.tokenizer, config.prompt_format, config.max_length)
+    return encode_pairs(rows, loaded.tokenizer, config.prompt_format, config.max_length, config.truncation)
 
 
 def _objective(model: PreTrainedModel, loaded: LoadedModel, config: OfflineConfig) -> Objective:
@@ -81,7 +95,10 @@ def _objective(model: PreTrainedModel, loaded: LoadedModel, config: OfflineConfi
     if isinstance(config.loss, RewardSettings):
         return RewardObjective(config.loss, pad_id)
     keeps_reference = needs(config.loss).reference == "logits"
-    return PolicyObjective(config.loss, pad_id, reference_of(model) if keeps_reference else None)
+    if config.packing:
+        check_packing(model)
+    reference = reference_of(model) if keeps_reference else None
+    return PolicyObjective(config.loss, pad_id, reference, config.max_length if config.packing else 0)
 
 
 def _split(
@@ -96,20 +113,30 @@ def _split(
     )
     if isinstance(config.loss, RewardSettings):
         closing = closing_ids(loaded.tokenizer, config.prompt_format)
-        train = with_prefixes(train, config.loss.prefixes, closing, config.seed)
+        train = with_prefixes(closed(train, closing), config.loss.prefixes, closing, config.seed)
+        test = closed(test, closing)
     return Split(train, test, names)
+
+
+def _prepared(
+    model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, references: References
+) -> Split:
+    model.train(False)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        train, test = (
+            objective.prepare(model, items, config.batch_size, partial(references, name))
+            for name, items in (("train", split.train), ("test", split.test))
+        )
+    return Split(train, test, split.names)
 
 
 def _trainer(
     model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, places: Places
 ) -> OfflineTrainer:
-    model.train(False)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        train, test = (objective.prepare(model, part, config.batch_size) for part in (split.train, split.test))
     if config.gradient_checkpointing and config.lora is not None:
         cast(Any, model).enable_input_require_grads()
-    arguments = training_arguments(config, len(train), places, model.device)
-    return OfflineTrainer(model, objective, Split(train, test, split.names), config, arguments)
+    arguments = training_arguments(config, len(split.train), places, model.device)
+    return OfflineTrainer(model, objective, split, config, arguments)
 
 
 def _run(trainer: OfflineTrainer, places: Places) -> None:
@@ -124,7 +151,8 @@ def _run(trainer: OfflineTrainer, places: Places) -> None:
         kept = last_checkpoint(places.work)
         fate = f"the last good checkpoint is kept in {kept}" if kept else "there was no checkpoint yet"
         raise DivergedError(f"{error} ({fate})") from error
-    check_moved(before, prints(cast(nn.Module, trainer.model)))
+    if not trainer.config.watch.early_stopping:  # whose best weights may be the first ones
+        check_moved(before, prints(cast(nn.Module, trainer.model)))
 
 
 def _fill(report: TrainingReport, trainer: OfflineTrainer) -> None:

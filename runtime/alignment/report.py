@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from runtime.alignment.figures import Figures
+from runtime.alignment.figures import ALL, Figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,14 @@ class Warned:
 
 @dataclass(slots=True)
 class TrainingReport:
-    """What happened. dropped and held_out_dropped: reason -> rows; figures are those of the final weights."""
+    """What happened. dropped, held_out_dropped, cut (by max_length): reason -> rows. Figures: of the final weights."""
 
     steps: int
     n_rows: int
     dropped: Mapping[str, int]
     n_held_out: int = 0
     held_out_dropped: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] = field(default_factory=dict)
     n_tokens: int = 0
     best_step: int | None = None
     suggested_step_size: float | None = None
@@ -41,6 +42,11 @@ class TrainingReport:
     groups: Figures = field(default_factory=dict)
     held_out: Figures = field(default_factory=dict)
     warnings: list[Warned] = field(default_factory=list)
+
+    @property
+    def held_out_worst(self) -> float | None:
+        """The largest held-out loss of a group."""
+        return max((values["loss"] for name, values in self.held_out.items() if name != ALL), default=None)
 
     def curve(self, metric: str, split: str = "train", group: str | None = None) -> list[float]:
         """The values of a metric, step by step."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runtime.alignment.collate import Batch, collate
 from runtime.alignment.config import RewardSettings
-from runtime.alignment.items import Item, as_batch, as_inputs, within
+from runtime.alignment.items import Item, Recall, as_batch, as_inputs, within
 from runtime.alignment.losses import Losses
 from runtime.models import PromptFormat, encode_answer
 from runtime.records import Message
@@ -23,7 +23,7 @@ class RewardObjective:
     def __init__(self, settings: RewardSettings, pad_id: int) -> None:
         self.settings, self.pad_id = settings, pad_id
 
-    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> list[Item]:
+    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int, recall: Recall) -> list[Item]:
         """Nothing can be computed before."""
         return list(items)
 
@@ -73,6 +73,20 @@ def with_prefixes(items: Sequence[Item], n_prefixes: int, closing: Sequence[int]
     return found
 
 
+def closed(items: Sequence[Item], closing: Sequence[int]) -> list[Item]:
+    """The items with answers that end as they do when they are scored; pairs end with the end token alone."""
+    return [
+        replace(item, pair=replace(item.pair, chosen=_closed(item.pair.chosen, closing), chosen_spans=(),
+                                   rejected=_closed(item.pair.rejected, closing), rejected_spans=()))
+        for item in items
+    ]  # fmt: skip
+
+
+def _closed(ids: list[int], closing: Sequence[int]) -> list[int]:
+    there = next((n for n in range(len(closing), 0, -1) if ids[-n:] == list(closing[:n])), 0)
+    return [*ids, *closing[there:]]
+
+
 def closing_ids(tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat) -> list[int]:
     """The tokens that end every answer, whatever it says."""
     ends = []
@@ -93,4 +107,5 @@ def _scores(model: nn.Module, batch: Batch) -> Tensor:
     # transformers looks for the last token that is not the pad id, which is wrong where pad is the end token.
     hidden = inner.base_model(input_ids=batch.token_ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(hidden), device=hidden.device), batch.mask.sum(dim=-1) - 1]
-    return cast(Tensor, head(last)[:, 0].float())
+    # A copy: FSDP warns of views that leave a model.
+    return cast(Tensor, head(last)[:, 0].float().clone())

@@ -76,6 +76,9 @@ OTHERS: dict[str, object] = {
     "gradient_checkpointing": True,
     "lora_targets": ["q_proj"],
     "report_to": "none",
+    "truncation": "keep_end",
+    "packing": True,
+    "reference": "anew",
     "truth": "none",
     "s3d": "4",
     "s3d_adapter": "elsewhere",
@@ -94,7 +97,8 @@ READERS: dict[str, dict[str, object]] = {
     "reward_prefixes": {"method": "reward"},
     **{name: {"reducer": "robust"} for name in ("step_size", "chi", "adjustment")},
     **{name: {"lora": True} for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")},
-    "early_stopping": {"eval_steps": 50},
+    "early_stopping": {"eval_steps": 100},
+    "packing": {"method": "sft"},
 }
 
 

@@ -113,3 +113,23 @@ def test_kto_needs_answers_under_other_prompts(tiny_policy_dir: Path, tmp_path: 
     alike = [replace(row, messages=rows(1)[0].messages) for row in rows(4)]
     with pytest.raises(InputError, match="all pairs have one prompt"):
         train(load_policy(str(tiny_policy_dir)), tmp_path, replace(DPO, loss=LossSettings("kto")), PairRows(alike))
+
+
+def test_packed_rows_train_as_unpacked_ones_do(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    plain = replace(ROBUST, loss=LossSettings("sft"), learning_rate=1e-3, max_length=64)
+    for folder, config in (("plain", plain), ("packed", replace(plain, packing=True))):
+        report = train(load_policy(str(tiny_policy_dir)), tmp_path / folder, config, PairRows(rows(), rows(4)))
+        assert report.held_out["clerk"]["pairs"] == 2
+    assert largest_difference(tmp_path / "plain", tmp_path / "packed") < 1e-4
+    with pytest.raises(ConfigError, match="packing = true: dpo compares whole rows"):
+        replace(DPO, packing=True)
+
+
+def test_pairs_that_max_length_cuts_are_counted(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    long = replace(rows(1)[0], chosen="yes " * 40)
+    config = replace(DPO, max_length=64, epochs=1)
+    report = train(load_policy(str(tiny_policy_dir)), tmp_path / "drop", config, PairRows([*rows(4), long]))
+    assert (report.n_rows, dict(report.dropped), dict(report.cut)) == (4, {"too_long": 1}, {})
+    config = replace(config, truncation="keep_start")
+    report = train(load_policy(str(tiny_policy_dir)), tmp_path / "cut", config, PairRows([*rows(4), long]))
+    assert (report.n_rows, dict(report.dropped), dict(report.cut)) == (5, {}, {"answer_cut": 1})

@@ -13,7 +13,7 @@ from runtime.alignment.collate import PreferenceRow
 from runtime.alignment.config import LoraSettings, OfflineConfig, Places, Watch
 from runtime.alignment.groups import GroupSettings
 from runtime.alignment.losses import LossSettings
-from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.offline import Helpers, PairRows, train_offline
 from runtime.alignment.report import TrainingReport
 from runtime.models import LoadedModel, load_policy
 from runtime.records import Message
@@ -22,10 +22,14 @@ DPO = OfflineConfig(learning_rate=3e-3, epochs=4, batch_size=4, max_length=128)
 ROBUST = replace(DPO, groups=GroupSettings("robust", step_size=0.5))
 LORA = replace(DPO, lora=LoraSettings(4, 8), learning_rate=1e-2)
 CONFIGS = {"full": ROBUST, "lora": replace(LORA, groups=ROBUST.groups)}
-CONFIGS["tdpo2"] = replace(ROBUST, loss=LossSettings("tdpo2"))
+CONFIGS["token level"] = replace(ROBUST, loss=LossSettings("tdpo2"))
 CONFIGS["accumulated"] = replace(ROBUST, batch_size=3, gradient_accumulation=2)
 # The processes of a data-parallel training split each step's batches among them.
 CONFIGS["parallel"] = replace(ROBUST, learning_rate=1e-3, epochs=2, batch_size=2)
+CONFIGS["parallel alone"] = replace(CONFIGS["parallel"], gradient_accumulation=2)
+for method in ("sft", "kto", "tdpo2"):
+    for alone in ("", " alone"):
+        CONFIGS[f"{method}{alone}"] = replace(CONFIGS[f"parallel{alone}"], loss=LossSettings(method))
 
 
 def rows(count: int = 10, groups: tuple[str, ...] = ("child", "clerk")) -> list[PreferenceRow]:
@@ -71,7 +75,7 @@ def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) ->
             os.kill(os.getpid(), signal.SIGKILL)
 
     places = Places(folder, folder / "work")
-    report = train_offline(load_policy(model), PairRows(rows(16), rows(6)), config, places, on_progress)
+    report = train_offline(load_policy(model), PairRows(rows(16), rows(6)), config, places, Helpers(on_progress))
     if os.environ.get("RANK", "0") == "0":
         points = [[p.step, p.split, p.group, p.metric, p.value] for p in report.points]
         (folder / "report.json").write_text(json.dumps({"points": points, "tokens": report.n_tokens}))
