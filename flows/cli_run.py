@@ -37,6 +37,7 @@ STAGE_HELP = {
     "score": "Final scores of candidates/NAME.",
     "assemble": "Preference pairs from scored candidates/NAME.",
     "finetune": "Train the policy on preferences/NAME.",
+    "align": "Train the policy on its own answers to prompts/NAME, scored as they are drawn.",
     "evaluate": "Answer held-out prompts before and after, compared per group.",
     "export": "Write models/NAME as a plain Hugging Face folder.",
 }

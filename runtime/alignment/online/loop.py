@@ -25,7 +25,7 @@ from runtime.alignment.online.surrogates import divisor_of, summed
 from runtime.alignment.online.training import OnlineConfig, OnlineReport, Shown, Truth
 from runtime.alignment.report import Point, Warned
 from runtime.alignment.trainer import DivergedError
-from runtime.errors import InputError
+from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel, quiet
 from runtime.records import Progress, Prompt
 from runtime.rewards.protocol import Reward
@@ -98,6 +98,9 @@ class _Training:
                 self._step(step)
             except DivergedError as error:
                 raise DivergedError(f"{error} ({self._fate()})") from error
+            except ModelError as error:  # the engine's, of logits that are no numbers
+                what = f"the policy can no longer answer at step {step}; lower learning_rate"
+                raise DivergedError(f"{what} ({self._fate()})") from error
             done = self.report.steps = step + 1
             if self.config.eval_steps and (done % self.config.eval_steps == 0 or done == self.config.steps):
                 self._evaluate(done)
