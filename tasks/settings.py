@@ -20,6 +20,7 @@ from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
+from tasks.settings_iterate import IterateConfig as IterateConfig
 from tasks.settings_reward import RewardConfig as RewardConfig
 
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
@@ -268,6 +269,9 @@ class PipelineConfig(BaseModel):
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
     )
     adapt: AdaptConfig = Field(AdaptConfig(), title="Adapt", description="Run by `winnow adapt` only")
+    iterate: IterateConfig = Field(
+        IterateConfig(), title="Iterate", description="Read by `winnow iterate` only: rounds of the chain"
+    )
     align: AlignConfig = Field(
         AlignConfig(), title="Align", description="Run by `winnow align` only: on-policy training"
     )
