@@ -39,6 +39,7 @@ STAGE_HELP = {
     "score": "Final scores of candidates/NAME.",
     "assemble": "Preference pairs from scored candidates/NAME.",
     "finetune": "Train the policy on preferences/NAME.",
+    "align": "Train the policy on its own answers to prompts/NAME, scored as they are drawn.",
     "evaluate": "Answer held-out prompts before and after, compared per group.",
     "export": "Write models/NAME as a plain Hugging Face folder.",
 }
@@ -47,6 +48,7 @@ STAGE_HELP = {
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this module into `app`."""
     app.command("run")(run)
+    app.command("iterate")(iterate)
     app.command("plan")(plan)
     app.command("ingest")(ingest)
     app.command("import")(import_preferences)
@@ -70,6 +72,28 @@ def run(
         return
     rows = [(stage, str(ref), "in the lake" if cached[stage] else "made") for stage, ref in refs.items()]
     output().print(table(["stage", "version", ""], rows))
+
+
+def iterate(
+    config: Annotated[Path, typer.Argument(help="TOML file of the pipeline, with a section [iterate].")],
+    lake: LakeOption = DEFAULT_LAKE,
+    values: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run rounds of generate, score, assemble and finetune, each from the last one's model."""
+    from flows.prefect_settings import prepare_prefect
+
+    settings, root = load_config(config, values), Lake.open(lake).root
+    prepare_prefect(verbose)
+    from flows.iterate import iterate as run_rounds
+
+    with progress_bars():
+        refs = run_rounds(settings, root)
+    if as_json:
+        emit({stage: {"ref": str(ref), "uri": ref.uri} for stage, ref in refs.items()})
+        return
+    output().print(table(["stage", "version", "folder"], [(stage, str(ref), ref.uri) for stage, ref in refs.items()]))
 
 
 def plan(

@@ -9,6 +9,7 @@ from typing import Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.settings_adapt import AdaptConfig as AdaptConfig
+from tasks.settings_align import AlignConfig as AlignConfig
 from tasks.settings_assemble import AssembleConfig as AssembleConfig
 from tasks.settings_base import NAME_PATTERN as NAME_PATTERN
 from tasks.settings_base import STARTER as STARTER
@@ -19,70 +20,13 @@ from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
+from tasks.settings_iterate import IterateConfig as IterateConfig
+from tasks.settings_reward import RewardConfig as RewardConfig
 
 CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
-RewardKind = Literal["classifier", "likelihood", "likelihood_sum", "function"]
 
 LANGUAGE_PATTERN = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
-TERM_PATTERN = re.compile(
-    r"(?P<weight>-?\d+(\.\d+)?)\*(?P<kind>classifier|likelihood|likelihood_sum|function):(?P<target>\S+)"
-)
-
 Stage = TypeVar("Stage", bound="StageConfig")
-
-
-class RewardConfig(StageConfig):
-    """Which reward scores answers, and on what the models run."""
-
-    reward: RewardKind = Field(
-        "classifier",
-        title="Reward",
-        description="classifier: a one-label sequence classifier; likelihood: mean log-probability per token under a "
-        "causal model; likelihood_sum: their sum; function: a Python function of (prompt, response)",
-    )
-    reward_model: str = Field(
-        STARTER, title="Reward model", description="Folder, hub name, models/NAME or starter (classifier, likelihood)"
-    )
-    reward_function: str = Field(
-        "",
-        title="Reward function",
-        description="package.module:name of the function (reward = function), one that WINNOW_FUNCTIONS allows",
-    )
-    reward_terms: list[str] = Field(
-        [],
-        title="Further rewards",
-        description="Added to the reward: WEIGHT*KIND:MODEL or WEIGHT*function:package.module:name, such as "
-        "0.5*likelihood:starter",
-    )
-    prompt_format: PromptFormat = Field(
-        "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
-    )
-    dtype: Dtype = Field("float32", title="Number format", description="In which the models compute")
-    device: Device = Field("cpu", title="Device", description="auto takes a GPU where there is one")
-    threads: int = Field(2, title="Threads", description="Threads torch may use on the CPU", ge=1, le=256)
-
-    @model_validator(mode="after")
-    def _function_is_named(self) -> Self:
-        if self.reward == "function" and ":" not in self.reward_function:
-            raise ValueError(f'reward_function = "{self.reward_function}": write package.module:name')
-        if self.reward != "function" and self.reward_function:
-            raise ValueError(f'reward_function = "{self.reward_function}" needs reward = "function"')
-        for term in self.reward_terms:
-            if not TERM_PATTERN.fullmatch(term):
-                raise ValueError(f'reward_terms has "{term}": write WEIGHT*KIND:MODEL, such as 0.5*likelihood:starter')
-        return self
-
-    def terms(self) -> "list[tuple[float, RewardConfig]]":
-        """The weights and settings of `reward_terms`, each a reward of its own."""
-        shared = {"prompt_format": self.prompt_format, "dtype": self.dtype, "device": self.device}
-        found = []
-        for term in self.reward_terms:
-            match = TERM_PATTERN.fullmatch(term)
-            assert match is not None
-            target = {"reward_function" if match["kind"] == "function" else "reward_model": match["target"]}
-            settings = {"reward": match["kind"], **target, **shared}
-            found.append((float(match["weight"]), RewardConfig.model_validate(settings)))
-        return found
 
 
 class IngestConfig(SourceConfig):
@@ -325,6 +269,12 @@ class PipelineConfig(BaseModel):
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
     )
     adapt: AdaptConfig = Field(AdaptConfig(), title="Adapt", description="Run by `winnow adapt` only")
+    iterate: IterateConfig = Field(
+        IterateConfig(), title="Iterate", description="Read by `winnow iterate` only: rounds of the chain"
+    )
+    align: AlignConfig = Field(
+        AlignConfig(), title="Align", description="Run by `winnow align` only: on-policy training"
+    )
     score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
     assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
     finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")

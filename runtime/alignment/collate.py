@@ -8,7 +8,7 @@ from torch import Tensor
 
 from runtime.alignment.encode import EncodedPair, PreferenceRow, Spans, answer_spans, encode_pairs
 
-__all__ = ["Batch", "EncodedPair", "PreferenceRow", "collate", "encode_pairs", "padded"]
+__all__ = ["Batch", "EncodedPair", "PreferenceRow", "collate", "encode_pairs", "moved", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,19 @@ def collate(pairs: Sequence[EncodedPair], pad_id: int, with_rejected: bool) -> B
     for row, (_, spans) in enumerate(rows):
         mark(is_answer[row], spans)
     return Batch(token_ids, (torch.arange(token_ids.shape[1])[None] < lengths[:, None]).long(), is_answer)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; packed rows are not moved here."""
+    assert batch.positions is None
+    return Batch(batch.token_ids.to(device), batch.mask.to(device), batch.is_answer.to(device))
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows, no wider than they must be; rows is int64."""
+    mask = batch.mask[rows]
+    width = max(2, int(mask.sum(dim=1).max()))
+    return Batch(batch.token_ids[rows, :width], mask[:, :width], batch.is_answer[rows, :width])
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:

@@ -75,6 +75,48 @@ def answer_logps_and_kl(
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogps:
+    """Of every token but a row's first, (rows, T - 1), 0 outside the answers.
+
+    entropy: of the law that the token was drawn from; values: what a head makes of the state before it.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    values: Tensor | None
+
+
+def token_logps(
+    model: nn.Module,
+    batch: Batch,
+    temperature: float = 1.0,
+    value_head: nn.Module | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> TokenLogps:
+    """Log-probabilities of the answers' tokens at a temperature, one by one; `model` may be wrapped.
+
+    value_head: a layer from hidden states (places, width) to (places, 1).
+    """
+    wanted = batch.is_answer[:, 1:]
+    states = _last_states(model, batch)
+
+    def both(hidden: Tensor, ids: Tensor) -> Tensor:
+        laws = (_float(states.logits(hidden)) / temperature).log_softmax(-1)
+        entropy = -(laws.exp() * laws).sum(-1).detach()
+        return torch.stack([laws.gather(-1, ids[:, None])[:, 0], entropy], dim=-1)
+
+    at = states.at(wanted)
+    logps, entropy = _in_chunks(both, (at, batch.token_ids[:, 1:][wanted]), chunk_tokens).unbind(-1)
+    values = None if value_head is None else _spread(wanted, value_head(at.to(logps.dtype))[:, 0])
+    return TokenLogps(_spread(wanted, logps), _spread(wanted, entropy), values)
+
+
+def _spread(wanted: Tensor, values: Tensor) -> Tensor:
+    """Values of the wanted places, one after the other, where they belong; 0 elsewhere."""
+    return values.new_zeros(wanted.shape).masked_scatter(wanted, values)
+
+
+@dataclass(frozen=True, slots=True)
 class _States:
     """The last hidden states of a batch, and how their model goes on from there."""
 

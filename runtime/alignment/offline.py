@@ -58,7 +58,7 @@ def train_offline(
     A training that finds a checkpoint of its own in `places.work` goes on from there. Raises InputError when no row
     is left, and DivergedError, which names the last checkpoint, when the loss leaves the numbers.
     """
-    _without_dropout(loaded.model)
+    without_dropout(loaded.model)
     pairs, dropped = _encoded(rows.train, loaded, config)
     held_out, held_out_dropped = _encoded(rows.test, loaded, config)
     if not pairs:
@@ -190,7 +190,7 @@ def _save(trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, o
         loaded.tokenizer.save_pretrained(output)
 
 
-def _without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> None:
     """The policy is trained as it decodes and as the reference saw it: without dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,0 +1,176 @@
+"""On-policy training; the result is a plain Hugging Face folder in the lake."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from prefect import task
+from pydantic import JsonValue
+
+from storage.lake import DatasetRef, Lake
+from storage.schema import to_table
+from storage.scratch import scratch
+from storage.writer import Shard, VersionWriter
+from tasks.artifacts import Cell, progress, show_stage
+from tasks.errors import ConfigError
+from tasks.evaluate import truth_rule
+from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
+from tasks.pictures import show_pictures
+from tasks.rows import prompts_of
+from tasks.settings import AlignConfig
+from tasks.versions import Step, pin
+
+if TYPE_CHECKING:
+    from runtime.alignment.online.loop import Task
+    from runtime.alignment.online.training import OnlineConfig, OnlineReport
+
+SHOWN_FILE = "answers.jsonl"
+METHOD_FIELDS = (
+    "samples",
+    "kl_coef",
+    "kl_target",
+    "clip_low",
+    "clip_high",
+    "epochs",
+    "minibatches",
+    "gamma",
+    "lam",
+    "whiten",
+    "value_coef",
+    "value_clip",
+    "value_learning_rate",
+    "scale_rewards",
+    "aggregation",
+    "skip_equal",
+    "jeffreys",
+    "anchor_rate",
+    "anchor_weight",
+    "bond_n",
+    "bond_samples",
+)
+
+
+def prepare(config: AlignConfig, lake: Lake) -> Step:
+    """The step, with its prompts, policy and reward pinned."""
+    inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
+    models = {"model": model_identity(config.model, "policy", lake), "reward": reward_identity(config, lake)}
+    online_config(config)  # what cannot work is said now
+    return Step("align", "models", config.name, config.model_copy(update=inputs), inputs, models)
+
+
+@task(name="align", persist_result=False)
+def align(step: Step, lake_root: str) -> DatasetRef:
+    """Train and publish the model with its log and some of its answers."""
+    from runtime.alignment.config import Places
+    from runtime.alignment.online.loop import train_online
+    from runtime.hardware import pick_device
+    from runtime.models import load_policy
+
+    config, lake = step.config, Lake.open(lake_root)
+    assert isinstance(config, AlignConfig)
+    use_threads(config.threads)
+    work_on = _task(step, config, lake)
+    # Loaded anew, not from the process's cache: training changes the weights.
+    policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
+    with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
+        started = time.monotonic()
+        places = Places(work / "model", work / "checkpoints")
+        report = train_online(policy, work_on, online_config(config), places, progress(f"{step.name} align"))
+        _write_shown(report, work / "answers")
+        writer = step.writer(lake)
+        writer.add_tree(places.output, "model")
+        writer.add_tree(work / "answers", "answers")
+        _write_points(writer, report)
+        stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
+        ref = writer.commit(step.provenance(stats))
+    show_stage(ref, stats, _group_rows(report))
+    show_pictures(lake, ref)
+    return ref
+
+
+def online_config(config: AlignConfig) -> "OnlineConfig":
+    """The runtime's settings; ConfigError for values that cannot work, or that nothing would read."""
+    from runtime.alignment.config import LoraSettings
+    from runtime.alignment.groups import GroupSettings
+    from runtime.alignment.online.rollout import Drawing
+    from runtime.alignment.online.settings import OnlineSettings
+    from runtime.alignment.online.training import OnlineConfig
+
+    if config.dtype != "float32":
+        raise ConfigError(f'dtype = "{config.dtype}": on-policy training computes in float32; leave it out')
+    weights = GroupSettings(config.reducer, config.step_size, config.chi)
+    method = OnlineSettings(
+        method=config.method, group_weights=weights, **config.model_dump(include=set(METHOD_FIELDS))
+    )
+    drawing = Drawing(**config.model_dump(include=set(Drawing.__dataclass_fields__) - {"s3d"}))
+    lora = LoraSettings(config.lora_rank, config.lora_alpha) if config.lora else None
+    own = set(OnlineConfig.__dataclass_fields__) - {"method", "drawing", "lora"}
+    return OnlineConfig(method=method, drawing=drawing, lora=lora, **config.model_dump(include=own))
+
+
+def _task(step: Step, config: AlignConfig, lake: Lake) -> "Task":
+    from runtime.alignment.online.loop import Task
+
+    source = lake.resolve(step.inputs["prompts"])
+    prompts = prompts_of(lake.read_table(source, "prompts", "train"))
+    if not prompts:
+        raise ConfigError(f"{source} has no prompt to train on; lower heldout_fraction where it was made")
+    held_out = prompts_of(lake.read_table(source, "prompts", "test"))[: config.eval_prompts]
+    if config.eval_steps and not held_out:
+        raise ConfigError(f"eval_steps = {config.eval_steps}: {source} has no held-out prompt; set 0 or hold some out")
+    rule = cast("Callable[..., float] | None", truth_rule(config.truth))
+    return Task(prompts, open_reward(config, lake), held_out, rule)
+
+
+def _write_shown(report: "OnlineReport", folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = (json.dumps(asdict(one), ensure_ascii=False) for one in report.shown)
+    (folder / SHOWN_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _write_points(writer: VersionWriter, report: "OnlineReport") -> None:
+    for split in ("train", "test"):
+        rows = [
+            {"step": point.step, "metric": point.metric, "value": point.value, "group": point.group}
+            for point in report.points
+            if point.split == split
+        ]
+        if rows or split == "train":
+            writer.write(Shard("training", split, 0, 1), to_table("training", rows))
+
+
+def _stats(config: AlignConfig, report: "OnlineReport") -> dict[str, JsonValue]:
+    stats: dict[str, JsonValue] = {
+        "method": config.method,
+        "steps": report.steps,
+        "answers": report.n_answers,
+        "tokens": report.n_tokens,
+        "truncated": report.truncated,
+        "unscored": dict(report.unscored),
+    }
+    if report.held_out:
+        stats["held_out"] = {group or "all": _rounded(values) for group, values in report.held_out.items()}
+    if report.warnings:
+        stats["warnings"] = [one.warning for one in report.warnings]
+    return stats
+
+
+def _rounded(values: dict[str, float]) -> dict[str, JsonValue]:
+    return {metric: round(value, 4) for metric, value in values.items()}
+
+
+def _group_rows(report: "OnlineReport") -> list[dict[str, Cell]]:
+    """Held-out figures of every group, before and after."""
+    first: dict[str, dict[str, float]] = {}
+    for point in report.points:
+        if point.split == "test" and point.step == 0:
+            first.setdefault(point.group or "", {})[point.metric] = point.value
+    rows: list[dict[str, Cell]] = []
+    for group, values in report.held_out.items():
+        for moment, figures in (("before", first.get(group, {})), ("after", values)):
+            shown = {metric: round(value, 4) for metric, value in figures.items() if metric != "pairs"}
+            rows.append({"group": group or "all", "": moment, **shown})
+    return rows
