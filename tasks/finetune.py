@@ -74,8 +74,8 @@ def preference_rows(pairs: pa.Table) -> "list[PreferenceRow]":
             row["prompt_id"],
             row["group"],
             messages_of(row["prompt"]),
-            row["chosen"][-1]["content"],
-            row["rejected"][-1]["content"],
+            messages_of(row["chosen"]),
+            messages_of(row["rejected"]),
             row["score_margin"],
         )
         for row in pairs.to_pylist()

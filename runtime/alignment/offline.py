@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.alignment.adapters import check_moved, merged, prints, reference_of, with_adapters
+from runtime.alignment.adapters import check_moved, merged, merged_anew, prints, reference_of, with_adapters
 from runtime.alignment.arguments import training_arguments
 from runtime.alignment.checkpoints import last_checkpoint, read_state
 from runtime.alignment.collate import EncodedPair, PreferenceRow, encode_pairs
@@ -184,7 +184,8 @@ def _save(trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, o
     with quiet():
         if config.lora is not None:
             cast(Any, model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
-            model = merged(model)
+            is_4bit = getattr(loaded.model, "is_loaded_in_4bit", False)
+            model = merged_anew(loaded.source, output / ADAPTER, "bfloat16") if is_4bit else merged(model)
         model.save_pretrained(output)
         loaded.tokenizer.save_pretrained(output)
 

@@ -25,10 +25,11 @@ def _finetune(lake: Lake, home: Path, *values: str) -> subprocess.CompletedProce
         "COLUMNS": "200",
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_diverging_training_is_one_line_and_keeps_its_checkpoint(
     lake: Lake, tmp_path: Path, tiny_policy_dir: Path
 ) -> None:
@@ -48,6 +49,7 @@ def test_a_diverging_training_is_one_line_and_keeps_its_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_setting_that_cannot_work_is_one_line_with_exit_code_two(lake: Lake, tmp_path: Path) -> None:
     done = _finetune(lake, tmp_path / "prefect", 'method="gr_ipo"')
     assert done.returncode == 2

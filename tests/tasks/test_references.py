@@ -18,10 +18,13 @@ from storage.catalog import query
 from storage.errors import LakeError
 from storage.lake import Lake
 from storage.objects import Stored
+from storage.schema import to_table
 from storage.verify import verify
 from tasks import references
 from tasks.errors import ModelError
+from tasks.finetune import preference_rows
 from tasks.references import ReferenceConfig, StoredReferences
+from tests.storage.rows import preference
 
 PAIRS_VERSION = "preferences/main@0123456789ab"
 
@@ -162,3 +165,10 @@ def test_the_version_names_what_it_is_made_of_and_loads_everywhere(
     assert rows == [(pair.prompt_id, pair.n_answer[0]) for pair in pairs]
     loaded = datasets.load_dataset(ref.uri, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded["row"][:] == list(range(7))
+
+
+def test_every_message_of_an_answer_reaches_the_trainer() -> None:
+    turns = [{"role": role, "content": role} for role in ("assistant", "tool", "assistant")]
+    (row,) = preference_rows(to_table("preferences", [preference(chosen=turns)]))
+    assert row.chosen == tuple(Message(turn["role"], turn["content"]) for turn in turns)
+    assert row.rejected == (Message("assistant", "wrong"),)

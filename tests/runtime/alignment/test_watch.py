@@ -143,6 +143,9 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     config = replace(DPO, watch=Watch(report_to="tensorboard", eval_steps=6), groups=GroupSettings("importance"))
     places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
     report = train_offline(load_policy(str(tiny_policy_dir)), DATA, config, places)
+    (file,) = (tmp_path / "logs").iterdir()
+    assert file.name == "part-00000.tfevents"
+    assert str(tmp_path).encode() not in file.read_bytes()
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     found = [event.value for event in events.Scalars("train/loss")]
