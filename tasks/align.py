@@ -11,15 +11,14 @@ from prefect import task
 from pydantic import JsonValue
 
 from storage.lake import DatasetRef, Lake
-from storage.schema import to_table
 from storage.scratch import scratch
-from storage.writer import Shard, VersionWriter
+from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.evaluate import truth_rule
 from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_pictures
-from tasks.rows import prompts_of
+from tasks.rows import prompts_of, training_table
 from tasks.settings import AlignConfig
 from tasks.versions import Step, pin
 
@@ -83,7 +82,7 @@ def align(step: Step, lake_root: str) -> DatasetRef:
         writer = step.writer(lake)
         writer.add_tree(places.output, "model")
         writer.add_tree(work / "answers", "answers")
-        _write_points(writer, report)
+        writer.write(Shard("training", "train", 0, 1), training_table(report.points))
         stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
         ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, _group_rows(report))
@@ -129,17 +128,6 @@ def _write_shown(report: "OnlineReport", folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     lines = (json.dumps(asdict(one), ensure_ascii=False) for one in report.shown)
     (folder / SHOWN_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _write_points(writer: VersionWriter, report: "OnlineReport") -> None:
-    for split in ("train", "test"):
-        rows = [
-            {"step": point.step, "metric": point.metric, "value": point.value, "group": point.group}
-            for point in report.points
-            if point.split == split
-        ]
-        if rows or split == "train":
-            writer.write(Shard("training", split, 0, 1), to_table("training", rows))
 
 
 def _stats(config: AlignConfig, report: "OnlineReport") -> dict[str, JsonValue]:

@@ -10,14 +10,13 @@ from prefect import task
 from pydantic import JsonValue
 
 from storage.lake import DatasetRef, Lake
-from storage.schema import to_table
 from storage.scratch import scratch
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.models import model_identity, use_threads
 from tasks.pictures import show_pictures
-from tasks.rows import messages_of
+from tasks.rows import messages_of, training_table
 from tasks.settings import FinetuneConfig
 from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
@@ -57,7 +56,7 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():
             writer.add_tree(work / "logs", "tensorboard")
-        writer.write(Shard("training", "train", 0, 1), _points_table(report))
+        writer.write(Shard("training", "train", 0, 1), training_table(report.points))
         stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
         ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, _group_rows(report))
@@ -108,16 +107,6 @@ def _train(step: Step, config: FinetuneConfig, rows: "PairRows", lake: Lake, wor
     places = Places(work / "model", work / "checkpoints", work / "logs")
     helpers = Helpers(progress(f"{step.name} finetune"), references)
     return train_offline(load_trained(config, lake), rows, settings, places, helpers)
-
-
-def _points_table(report: "TrainingReport") -> pa.Table:
-    return to_table(
-        "training",
-        [
-            {"step": p.step, "metric": p.metric, "value": p.value, "group": p.group, "held_out": p.split == "test"}
-            for p in report.points
-        ],
-    )
 
 
 def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonValue]:

@@ -9,6 +9,7 @@ from storage.schema import to_table
 from storage.writer import Shard, VersionWriter
 
 if TYPE_CHECKING:
+    from runtime.alignment.report import Point
     from runtime.records import Candidate, Message, Prompt
 
 
@@ -84,3 +85,14 @@ def add_score(row: dict[str, object], scorer: str, value: float) -> None:
 def scores_of(row: Mapping[str, object]) -> list[dict[str, object]]:
     """All scores of a candidate, as {scorer, value}."""
     return cast(list[dict[str, object]], row["scores"])
+
+
+def training_table(points: "Sequence[Point]") -> pa.Table:
+    """The figures of a training as a table."""
+    return to_table(
+        "training",
+        [
+            {"step": p.step, "metric": p.metric, "value": p.value, "group": p.group, "held_out": p.split == "test"}
+            for p in points
+        ],
+    )

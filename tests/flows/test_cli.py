@@ -24,6 +24,8 @@ COMMANDS = (
     *STAGES,
     "calibrate",
     "adapt",
+    "align",
+    "iterate",
     "import",
     "plan",
     "query",

@@ -223,3 +223,10 @@ def test_the_reference_answers_once_for_all_trainings_on_the_same_pairs(
     _run(lake, tiny_policy_dir, method="dpo", lora=True, lora_rank=4)
     assert asked == [12, 6, 12, 6]  # an adapter that is new says what the policy says
     assert lake.versions("preferences", "tiny-ref") == stored
+
+
+def test_the_settings_of_a_reward_model_are_part_of_its_version(lake: Lake, tiny_policy_dir: Path) -> None:
+    base = BASE | {"model": str(tiny_policy_dir), "method": "reward"}
+    changed = ({}, {"reward_margin": 0.5}, {"reward_prefixes": 2})
+    found = {finetune.prepare(FinetuneConfig.model_validate(base | one), lake).version for one in changed}
+    assert len(found) == 3
