@@ -10,7 +10,7 @@ from math import log2
 from statistics import median
 
 GAIN_TO_START = 1.1  # over plain decoding
-GAIN_TO_STAY = 1.03  # rows of unequal length cost a little that no single round shows
+GAIN_TO_STAY = 1.06  # rows of unequal length cost a little that no single round shows
 MEMORY = 0.99  # of what was accepted, per round
 PRIOR = (0.8, 4.0)  # acceptance that is assumed at first, and as if so many drafts had been seen
 REPEATS = 3  # of each timed pass; the fastest counts
