@@ -81,6 +81,7 @@ def train_offline(
     _fill(report, trainer)
     if trainer.accelerator.is_main_process:
         _save(trainer, loaded, config, places.output)
+    trainer.accelerator.wait_for_everyone()  # the files are there for all of them, and nobody leaves early
     return report
 
 

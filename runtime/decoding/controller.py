@@ -3,7 +3,7 @@
 It decides about speed only. Nothing of a text depends on it where the acceptance rule is the coupled one.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import log2
@@ -15,6 +15,8 @@ MEMORY = 0.99  # of what was accepted, per round
 PRIOR = (0.8, 4.0)  # acceptance that is assumed at first, and as if so many drafts had been seen
 REPEATS = 3  # of each timed pass; the fastest counts
 TRY_AGAIN = 128  # plain rounds after which one is drafted, to see whether acceptance has changed
+# Rounds of a size after which all are timed once more: the first time may have met a slow moment of the machine.
+TIME_AGAIN = frozenset({32, 128, 512, 2048})
 
 Measure = Callable[[int], float]  # drafted tokens -> seconds of a round
 
@@ -63,6 +65,7 @@ class Controller:
         self.k = k
         self.acceptance = Acceptance(k, known)
         self.seconds: dict[tuple[int, int], list[float]] = {}  # of rounds by drafted tokens, per size of the batch
+        self._n_rounds: Counter[tuple[int, int]] = Counter()
         self.gaps: deque[float] = deque(maxlen=15)  # seconds between rounds
         self.is_on = True
         self._n_plain = 0
@@ -71,8 +74,7 @@ class Controller:
         """Tokens to draft when row i may get `rooms[i]` and rows have `n_slots` places. Sizes that it has not met
         are measured."""
         key = round(log2(len(rooms))), round(log2(n_slots))
-        if key not in self.seconds:
-            self.seconds[key] = _time_rounds(self.k, measure)
+        self._measure(key, measure)
         seconds = self.times(key)
         expected = self.acceptance.tokens()
         gain = max(e * seconds[0] / s for e, s in zip(expected[1:], seconds[1:], strict=True))
@@ -87,19 +89,28 @@ class Controller:
         ]
         return max(range(len(rates)), key=rates.__getitem__)
 
+    def _measure(self, size: tuple[int, int], measure: Measure) -> None:
+        """Sizes that it has not met are timed; the fastest that was ever seen counts."""
+        if size not in self.seconds:
+            self.seconds[size] = _time_rounds(self.k, measure, REPEATS)
+        elif self._n_rounds[size] in TIME_AGAIN:
+            found = _time_rounds(self.k, measure, 1)
+            self.seconds[size] = [min(both) for both in zip(self.seconds[size], found, strict=True)]
+        self._n_rounds[size] += 1
+
     def times(self, size: tuple[int, int]) -> list[float]:
         """Seconds from one round to the next by drafted tokens, for a size of the batch that was measured."""
         gap = median(self.gaps) if self.gaps else 0.0
         return [gap + one for one in self.seconds[size]]
 
 
-def _time_rounds(k_most: int, measure: Measure) -> list[float]:
+def _time_rounds(k_most: int, measure: Measure, repeats: int) -> list[float]:
     """Seconds for 0 to k_most drafted tokens; some are timed in turn, those between lie on a line."""
     timed = sorted({0, 1, min(3, k_most), k_most})
-    for k in timed:
+    for k in timed if repeats > 1 else ():  # the first time warms up
         measure(k)
     found = {k: float("inf") for k in timed}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for k in timed:
             found[k] = min(found[k], measure(k))
     seconds = []

@@ -79,6 +79,8 @@ def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) ->
     if os.environ.get("RANK", "0") == "0":
         points = [[p.step, p.split, p.group, p.metric, p.value] for p in report.points]
         (folder / "report.json").write_text(json.dumps({"points": points, "tokens": report.n_tokens}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads would outlive the interpreter
 
 
 if __name__ == "__main__":

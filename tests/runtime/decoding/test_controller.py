@@ -61,8 +61,8 @@ def test_what_is_never_accepted_is_drafted_seldom() -> None:
 
 def test_drafting_stops_at_a_loss_and_starts_at_a_clear_gain_only() -> None:
     times = {0: 1.0, 1: 1.7}
-    controller = settled(Controller(1), 0.8)
-    assert controller.choose([50], 64, times.__getitem__) == 1  # 1.80 tokens for 1.70
+    controller = settled(Controller(1), 0.84)
+    assert controller.choose([50], 64, times.__getitem__) == 1  # 1.84 tokens for 1.70
     settled(controller, 0.7)
     assert controller.choose([50], 64, times.__getitem__) == 0
     settled(controller, 0.82)
@@ -100,3 +100,18 @@ def test_time_between_rounds_favours_drafts() -> None:
     assert controller.choose([50] * 3, 64, seconds) == 0
     controller.gaps.extend([5.0] * 9)
     assert controller.choose([50] * 3, 64, seconds) == 2
+
+
+def test_a_slow_moment_at_the_start_is_forgotten() -> None:
+    controller, n_timed = settled(Controller(4), 0.8), 0
+
+    def seconds(k: int) -> float:
+        nonlocal n_timed
+        n_timed += 1
+        was_slow = k and n_timed <= 16
+        return linear(1.0, 0.01, 1)(k) * (4 if was_slow else 1)
+
+    chosen = [controller.choose([50], 64, seconds) for _ in range(34)]
+    assert chosen[0] == 0
+    assert chosen[-1] == 4
+    assert n_timed == 16 + 4
