@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,15 @@ def test_needs_by_method() -> None:
     assert {method for method, asked in found.items() if asked.mismatched} == {"kto"}
     assert not any(asked.whole_sequence for asked in found.values())
     assert needs(LossSettings("orpo", sft_term="sequence")) == Needs("none", True, True, False)
+
+
+def test_the_page_on_methods_has_every_method_with_its_defaults() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "alignment.md").read_text()
+    titles = {
+        name for line in page.splitlines() if line.startswith("## ") for name in re.findall(r"\b[a-z]+\d?\b", line)
+    }
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:none|stored|at every step) \| ([-.\d]+) \|", page, re.M))
+    assert set(rows) == set(READS) and set(READS) <= titles
+    for method, beta in rows.items():
+        settings = LossSettings(method, length_norm="sum" if method == "ipo" else None)
+        assert beta == (str(settings.beta) if "beta" in READS[method] else "-")
