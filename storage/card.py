@@ -34,6 +34,7 @@ _WHAT = {
     "assemble": "Pairs of a better and a worse answer to one prompt, in the layout that TRL reads.",
     "finetune": "A model trained on preference pairs, as a Hugging Face folder in `model/`.",
     "evaluate": "Held-out prompts answered by the model before and after fine-tuning, and metrics per group.",
+    "compare": "Several methods trained on the same pairs with the same seeds, compared per group and worst group.",
     "export": "A model that left the lake.",
 }
 

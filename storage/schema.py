@@ -95,6 +95,18 @@ TRAINING = pa.schema(
         pa.field("group", pa.string()),
     ]
 )
+COMPARISON = pa.schema(
+    [
+        pa.field("method", pa.string(), nullable=False),
+        # Null where the figure is of the model that all methods started from.
+        pa.field("seed", pa.int64()),
+        # Null where a figure is of all groups together, or of the training.
+        pa.field("group", pa.string()),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+    ]
+)
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
@@ -102,6 +114,7 @@ TABLES: dict[str, pa.Schema] = {
     "rejected": REJECTED,
     "metrics": METRICS,
     "training": TRAINING,
+    "comparison": COMPARISON,
 }
 
 

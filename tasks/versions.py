@@ -25,6 +25,7 @@ STAGE_VERSIONS = {
     "assemble": 2,
     "finetune": 2,
     "evaluate": 1,
+    "compare": 1,
     "export": 1,
 }
 
