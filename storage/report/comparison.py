@@ -10,10 +10,10 @@ METRICS = {"truth": "truth of answers", "accuracy": "accuracy on held-out pairs"
 _FIGURES = """
 WITH wanted AS (SELECT * FROM comparison WHERE metric IN ('truth', 'accuracy') AND "group" IS NOT NULL),
 worst AS (SELECT metric, NULL AS "group", method, seed, MIN(value) AS value FROM wanted GROUP BY ALL),
-both AS (SELECT metric, "group", method, seed, value FROM wanted UNION ALL SELECT * FROM worst),
+every AS (SELECT metric, "group", method, seed, value FROM wanted UNION ALL SELECT * FROM worst),
 means AS (
     SELECT metric, "group", method, AVG(value) AS mean, MIN(value) AS lowest, MAX(value) AS highest
-    FROM both GROUP BY ALL
+    FROM every GROUP BY ALL
 )
 SELECT * FROM means ORDER BY metric <> 'truth', "group" NULLS FIRST, method
 """
