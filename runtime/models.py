@@ -83,7 +83,9 @@ def load_policy_4bit(source: str) -> LoadedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return _load(source, "bfloat16", "cuda", AutoModelForCausalLM, {"quantization_config": four_bit})
+    return _load(
+        source, "bfloat16", "cuda", AutoModelForCausalLM, {"quantization_config": four_bit, "device_map": {"": 0}}
+    )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -211,7 +213,8 @@ def _load(
             )
             model, info = cast(tuple[PreTrainedModel, dict[str, Iterable[str]]], found)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        cast(torch.nn.Module, model).to(device)
+        if "device_map" not in (extra or {}):
+            cast(torch.nn.Module, model).to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"cannot load {source!r}: {_first_line(error)}") from error
     # A head that is asked for may be new.

@@ -32,6 +32,7 @@ _WHAT = {
     "calibrate": "Full answers scored along the way: how far partial scores say what the final ones will be.",
     "import": "Pairs of a better and a worse answer that were there before, with the groups of people they come from.",
     "assemble": "Pairs of a better and a worse answer to one prompt, in the layout that TRL reads.",
+    "reference": "Log-probabilities of the answers of preference pairs under the model that training starts from.",
     "finetune": "A model trained on preference pairs, as a Hugging Face folder in `model/`.",
     "evaluate": "Held-out prompts answered by the model before and after fine-tuning, and metrics per group.",
     "compare": "Several methods trained on the same pairs with the same seeds, compared per group and worst group.",

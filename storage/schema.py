@@ -91,8 +91,22 @@ TRAINING = pa.schema(
         pa.field("step", pa.int64(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
-        # Null where a figure is of all pairs.
+        # Null where a figure is of all groups together.
         pa.field("group", pa.string()),
+        # Whether it is of pairs that were not trained on; null in the logs of older trainings, which had none.
+        pa.field("held_out", pa.bool_()),
+    ]
+)
+# S of both answers under the model that training starts from; `row` is the pair's place in its split.
+REFERENCE_LOGPS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("chosen_logp", pa.float64(), nullable=False),
+        pa.field("rejected_logp", pa.float64(), nullable=False),
+        pa.field("n_chosen", pa.int32(), nullable=False),
+        pa.field("n_rejected", pa.int32(), nullable=False),
     ]
 )
 COMPARISON = pa.schema(
@@ -114,6 +128,7 @@ TABLES: dict[str, pa.Schema] = {
     "rejected": REJECTED,
     "metrics": METRICS,
     "training": TRAINING,
+    "reference_logps": REFERENCE_LOGPS,
     "comparison": COMPARISON,
 }
 

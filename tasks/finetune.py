@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,14 +12,14 @@ from pydantic import JsonValue
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.scratch import scratch
-from storage.writer import Shard, VersionWriter
+from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.models import model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of
 from tasks.settings import FinetuneConfig
-from tasks.training import adapter_folder, load_trained, model_role, offline_config
+from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
@@ -53,12 +52,12 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     rows = _rows(step, config, lake)
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
-        report = _train(config, rows, lake, work, step.name)
+        report = _train(step, config, rows, lake, work)
         writer = step.writer(lake)
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():
             writer.add_tree(work / "logs", "tensorboard")
-        _write_points(writer, report)
+        writer.write(Shard("training", "train", 0, 1), _points_table(report))
         stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
         ref = writer.commit(step.provenance(stats))
     show_stage(ref, stats, _group_rows(report))
@@ -75,8 +74,8 @@ def preference_rows(pairs: pa.Table) -> "list[PreferenceRow]":
             row["prompt_id"],
             row["group"],
             messages_of(row["prompt"]),
-            row["chosen"][-1]["content"],
-            row["rejected"][-1]["content"],
+            messages_of(row["chosen"]),
+            messages_of(row["rejected"]),
             row["score_margin"],
         )
         for row in pairs.to_pylist()
@@ -99,26 +98,26 @@ def _rows(step: Step, config: FinetuneConfig, lake: Lake) -> "PairRows":
     return PairRows(preference_rows(train), preference_rows(test))
 
 
-def _train(config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path, name: str) -> "TrainingReport":
+def _train(step: Step, config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path) -> "TrainingReport":
     from runtime.alignment.config import Places
-    from runtime.alignment.offline import train_offline
+    from runtime.alignment.offline import Helpers, train_offline
+    from runtime.alignment.reference import not_stored
 
     settings = offline_config(config, lake)
-    if settings.lora is not None and config.lora_adapter:
-        settings = replace(settings, lora=replace(settings.lora, adapter=adapter_folder(config.lora_adapter, lake)))
+    references = stored_references(step, config, lake) if stores_reference(config, settings.loss) else not_stored
     places = Places(work / "model", work / "checkpoints", work / "logs")
-    return train_offline(load_trained(config, lake), rows, settings, places, progress(f"{name} finetune"))
+    helpers = Helpers(progress(f"{step.name} finetune"), references)
+    return train_offline(load_trained(config, lake), rows, settings, places, helpers)
 
 
-def _write_points(writer: VersionWriter, report: "TrainingReport") -> None:
-    for split in ("train", "test"):
-        rows = [
-            {"step": point.step, "metric": point.metric, "value": point.value, "group": point.group}
-            for point in report.points
-            if point.split == split
-        ]
-        if rows or split == "train":
-            writer.write(Shard("training", split, 0, 1), to_table("training", rows))
+def _points_table(report: "TrainingReport") -> pa.Table:
+    return to_table(
+        "training",
+        [
+            {"step": p.step, "metric": p.metric, "value": p.value, "group": p.group, "held_out": p.split == "test"}
+            for p in report.points
+        ],
+    )
 
 
 def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonValue]:

@@ -29,7 +29,7 @@ class StagePlan:
 
 
 def check_connections(config: PipelineConfig) -> None:
-    """Raise ConfigError when the configuration sets an input that the pipeline connects itself."""
+    """Raise ConfigError when the configuration sets an input that the pipeline connects itself, or trains no policy."""
     inputs = {
         "generate.prompts": config.generate.prompts,
         "score.candidates": config.score.candidates,
@@ -39,6 +39,10 @@ def check_connections(config: PipelineConfig) -> None:
         "evaluate.after": config.evaluate.after,
         "export.model": config.export.model,
     }
+    if config.finetune.method == "reward":
+        raise ConfigError(
+            'config: finetune.method = "reward": a pipeline trains a policy; run `winnow finetune` for a reward model'
+        )
     for key, value in inputs.items():
         if value:
             raise ConfigError(f'config: {key} = "{value}": a pipeline connects its stages itself; leave it empty')

@@ -40,6 +40,12 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = Field(
         0.0, title="Label smoothing", description="Assumed share of flipped pairs (dpo, simpo)", ge=0, lt=0.5
     )
+    reference: Literal["auto", "stored", "anew"] = Field(
+        "auto",
+        title="Reference",
+        description="stored: its log-probabilities are computed once per model and pairs and kept in the lake; anew: "
+        "by every training; auto: stored where the method asks for no more than that",
+    )
     length_norm: Literal["sum", "mean"] | None = Field(
         None,
         title="Length norm",

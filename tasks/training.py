@@ -9,13 +9,14 @@ from storage.lake import Lake
 from tasks.errors import ConfigError
 from tasks.models import model_path
 from tasks.settings import FinetuneConfig
-from tasks.versions import pin
+from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.config import LoraSettings, OfflineConfig, RewardSettings, Watch
     from runtime.alignment.groups import GroupSettings
     from runtime.alignment.losses import LossSettings, Method
     from runtime.models import LoadedModel
+    from tasks.references import StoredReferences
 
 ADAPTER = "adapter"
 ROBUST = {"gr_dpo": "dpo", "gr_ipo": "ipo"}
@@ -58,9 +59,8 @@ def offline_config(config: FinetuneConfig, lake: Lake) -> "OfflineConfig":
     from runtime.alignment.config import OfflineConfig
 
     shared = config.model_dump(include=set(SAME))
-    return OfflineConfig(
-        loss=_loss(config), groups=_groups(config), lora=_lora(config, lake), watch=_watch(config), **shared
-    )
+    stores_reference(config, loss := _loss(config))
+    return OfflineConfig(loss=loss, groups=_groups(config), lora=_lora(config, lake), watch=_watch(config), **shared)
 
 
 def load_trained(config: FinetuneConfig, lake: Lake) -> "LoadedModel":
@@ -91,6 +91,26 @@ def _loss(config: FinetuneConfig) -> "LossSettings | RewardSettings":
     _refuse(config, REWARD_FIELDS, f"method = {config.method}")
     method = cast("Method", ROBUST.get(config.method, config.method))
     return LossSettings(method=method, **config.model_dump(include=set(LOSS_FIELDS)))
+
+
+def stores_reference(config: FinetuneConfig, loss: "LossSettings | RewardSettings") -> bool:
+    """Whether the reference's log-probabilities are taken from the lake, and put there; ConfigError if they cannot."""
+    from runtime.alignment.losses import LossSettings, needs
+
+    needed = needs(loss).reference if isinstance(loss, LossSettings) else "none"
+    if config.reference == "stored" and needed != "logps":
+        why = "needs the logits of the reference at every step" if needed == "logits" else "has no reference"
+        raise ConfigError(f'reference = "stored": {config.method} {why}; use auto')
+    return needed == "logps" and config.reference != "anew"
+
+
+def stored_references(step: Step, config: FinetuneConfig, lake: Lake) -> "StoredReferences":
+    """Where they are kept: by the models that the reference is made of, the pairs, and how they are encoded."""
+    from tasks.references import ReferenceConfig, StoredReferences
+
+    shared = config.model_dump(include={"prompt_format", "truncation", "max_length", "dtype"})
+    settings = ReferenceConfig(is_4bit=config.lora_4bit, **shared)
+    return StoredReferences(lake, step.inputs["preferences"], step.models, settings)
 
 
 def _groups(config: FinetuneConfig) -> "GroupSettings":

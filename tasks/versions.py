@@ -24,6 +24,7 @@ STAGE_VERSIONS = {
     "score": 1,
     "assemble": 2,
     "finetune": 2,
+    "reference": 1,
     "evaluate": 1,
     "compare": 1,
     "export": 1,

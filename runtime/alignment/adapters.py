@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from runtime.alignment.config import LoraSettings
 from runtime.errors import ModelError
+from runtime.models import load_policy
 
 ADAPTER_FILE = "adapter_config.json"
 REFERENCE = "reference"  # name of the frozen copy of an adapter that is trained on
@@ -46,6 +47,13 @@ def reference_of(model: PreTrainedModel) -> nn.Module | Callable[[], AbstractCon
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """The plain model with its adapter's weights added."""
     return cast(PreTrainedModel, cast(Any, model).merge_and_unload(adapter_names=["default"]))
+
+
+def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
+    """The model in `source` with a saved adapter's weights added: for one that was trained in 4 bit."""
+    from peft import PeftModel
+
+    return merged(cast(PreTrainedModel, PeftModel.from_pretrained(load_policy(source, dtype).model, str(adapter))))
 
 
 def prints(model: nn.Module) -> Prints:

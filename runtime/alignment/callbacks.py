@@ -25,6 +25,37 @@ class ReportProgress(TrainerCallback):
         self.on_progress(state.global_step, state.max_steps)
 
 
+class EventFiles(TrainerCallback):
+    """Figures as TensorBoard's event files, and nothing else: they are published, so no paths and no host names."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.writer = folder, SummaryWriter(str(folder))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Of every optimizer step and evaluation."""
+        if state.is_world_process_zero:
+            for name, value in (logs or {}).items():
+                shown = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+                self.writer.add_scalar(shown, value, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Files are named by host and process; ours by their number."""
+        self.writer.close()
+        for number, path in enumerate(sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)):
+            path.rename(self.folder / f"part-{number:05d}.tfevents")
+
+
 class OwnState(TrainerCallback):
     """Moves and saves the state that transformers does not know of."""
 

@@ -116,7 +116,7 @@ class _Encoder:
     def pair(self, row: PreferenceRow, number: int) -> EncodedPair:
         """Both conversations, not yet cut; _Dropped for a row without two different answers."""
         chosen, rejected = _turns(row.chosen), _turns(row.rejected)
-        if not all(turn.content.strip() for answer in (chosen, rejected) for turn in answer if _speaks(turn)):
+        if not all(map(_says_something, (chosen, rejected))):
             raise _Dropped("empty_answer")
         try:
             n_prompt = len(encode_prompt(self.tokenizer, row.messages, self.prompt_format))
@@ -137,7 +137,7 @@ class _Encoder:
 
     def _conversation(self, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[list[int], Spans]:
         """Token ids up to the last end token, and where the assistant speaks (nothing for a single message)."""
-        if not answer or not _speaks(answer[0]) or not _speaks(answer[-1]):
+        if not _speaks(answer[0]) or not _speaks(answer[-1]):
             raise InputError("an answer starts and ends with a message of the assistant")
         found, n_prompt = encode_answer(self.tokenizer, prompt, answer, self.prompt_format)
         ids = self._ended(found, n_prompt)
@@ -171,6 +171,10 @@ def _turns(answer: str | tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _speaks(turn: Message) -> bool:
     return turn.role == "assistant"
+
+
+def _says_something(answer: Sequence[Message]) -> bool:
+    return len(answer) > 0 and all(turn.content.strip() for turn in answer if _speaks(turn))
 
 
 def _is_space(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:

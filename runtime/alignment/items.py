@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 from runtime.alignment.collate import Batch, EncodedPair
 from runtime.alignment.losses import Losses
+from runtime.alignment.reference import Compute, Logps
 
 TENSORS = ("token_ids", "mask", "is_answer", "positions", "samples")  # of a Batch
 Inputs = Mapping[str, Tensor]
 Result = TypeVar("Result")
+# Log-probabilities of the reference, stored or computed: References of one split.
+Recall = Callable[[Sequence[EncodedPair], Compute], list[Logps]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,8 @@ class Item:
 class Objective(Protocol):
     """A method, as the trainer sees it."""
 
-    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> list[Item]:
-        """The items with all that can be computed before training, by the weights it starts from."""
+    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int, recall: Recall) -> list[Item]:
+        """The items with all that can be computed before training, by the weights it starts from, or recalled."""
         ...
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:

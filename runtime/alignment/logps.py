@@ -22,7 +22,7 @@ from runtime.alignment.collate import Batch
 from runtime.alignment.losses.records import AnswerLogps
 from runtime.errors import ConfigError, ModelError
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
 # A frozen model of its own, or what turns the policy into its reference for a while, such as peft's disable_adapter.
 Reference = nn.Module | Callable[[], AbstractContextManager[object]]
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from runtime.alignment.collate import EncodedPair, collate
-from runtime.alignment.items import Inputs, Item, as_batch, as_inputs
+from runtime.alignment.items import Inputs, Item, Recall, as_batch, as_inputs
 from runtime.alignment.logps import Reference, answer_logps, answer_logps_and_kl
 from runtime.alignment.losses import AnswerLogps, Losses, LossSettings, PairLogps, needs, pair_losses
 from runtime.alignment.packing import collate_packed, packs
+from runtime.alignment.reference import Logps, reference_logps
 from runtime.errors import InputError
 
 OTHER = "other_"  # prefix of the fields of the batch of mismatched answers
@@ -26,19 +27,23 @@ class PolicyObjective:
         self.settings, self.pad_id, self.reference, self.packed_tokens = settings, pad_id, reference, packed_tokens
         self.needs = needs(settings)
 
-    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> list[Item]:
+    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int, recall: Recall) -> list[Item]:
         """See Objective: log-probabilities of the reference, which the policy still is."""
-        found = list(items)
-        if self.needs.mismatched:
-            found = [replace(item, other=other) for item, other in zip(found, _mismatched(found), strict=True)]
-        if self.needs.reference != "logps":
-            return found
-        order = sorted(range(len(found)), key=lambda index: found[index].pair.length)
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            for place, item in zip(places, self._with_reference(model, [found[p] for p in places]), strict=True):
-                found[place] = item
-        return found
+        if self.needs.reference != "logps" or not items:
+            return list(items)
+
+        def compute(pairs: Sequence[EncodedPair]) -> list[Logps]:
+            return reference_logps(model, pairs, self.pad_id, batch_size)
+
+        found = recall([item.pair for item in items], compute)
+        known = [replace(item, reference=logps) for item, logps in zip(items, found, strict=True)]
+        if not self.needs.mismatched:
+            return known
+        others = list(_mismatched(known))
+        return [
+            replace(item, other=other, other_reference=logps[0])
+            for item, other, logps in zip(known, others, compute(others), strict=True)
+        ]
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """See Objective."""
@@ -85,18 +90,6 @@ class PolicyObjective:
         parts = [_halves(getattr(answers, field.name)) for field in fields(AnswerLogps)]
         chosen, rejected = zip(*parts, strict=True)
         return PairLogps(AnswerLogps(*chosen), AnswerLogps(*rejected))
-
-    @torch.no_grad()
-    def _with_reference(self, model: nn.Module, items: list[Item]) -> Iterator[Item]:
-        device = next(model.parameters()).device
-        inputs = {name: value.to(device) for name, value in self.collate(items).items()}
-        answers = answer_logps(model, as_batch(inputs)).logps.float().cpu()
-        chosen, rejected = answers.chunk(2) if self.needs.rejected else (answers, torch.zeros_like(answers))
-        others = torch.zeros(len(items))
-        if self.needs.mismatched:
-            others = answer_logps(model, as_batch(inputs, OTHER)).logps.float().cpu()
-        for item, *found in zip(items, chosen.tolist(), rejected.tolist(), others.tolist(), strict=True):
-            yield replace(item, reference=(found[0], found[1]), other_reference=found[2])
 
 
 def _halves(values: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.alignment.adapters import check_moved, merged, prints, reference_of, with_adapters
+from runtime.alignment.adapters import check_moved, merged, merged_anew, prints, reference_of, with_adapters
 from runtime.alignment.arguments import training_arguments
 from runtime.alignment.checkpoints import last_checkpoint, read_state
 from runtime.alignment.collate import EncodedPair, PreferenceRow, encode_pairs
@@ -22,6 +23,7 @@ from runtime.alignment.items import Item, Objective
 from runtime.alignment.losses import needs
 from runtime.alignment.objective import PolicyObjective
 from runtime.alignment.packing import check_packing
+from runtime.alignment.reference import References, not_stored
 from runtime.alignment.report import TrainingReport, Warned
 from runtime.alignment.reward import RewardObjective, closed, closing_ids, with_prefixes
 from runtime.alignment.trainer import DivergedError, OfflineTrainer, Split
@@ -40,8 +42,16 @@ class PairRows:
     test: Sequence[PreferenceRow] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Helpers:
+    """What a training may use of the world around it."""
+
+    on_progress: Progress | None = None
+    references: References = not_stored
+
+
 def train_offline(
-    loaded: LoadedModel, rows: PairRows, config: OfflineConfig, places: Places, on_progress: Progress | None = None
+    loaded: LoadedModel, rows: PairRows, config: OfflineConfig, places: Places, helpers: Helpers = Helpers()
 ) -> TrainingReport:
     """Train `loaded.model` in place and write a plain Hugging Face folder (LoRA: merged, with `adapter/` beside it).
 
@@ -62,8 +72,9 @@ def train_offline(
     model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
     objective = _objective(model, loaded, config)
     split = _split(pairs, held_out, loaded, config)
+    split = _prepared(model, objective, split, config, helpers.references)
     trainer = _trainer(model, objective, split, config, places)
-    trainer.show(on_progress, places.logs)
+    trainer.show(helpers.on_progress, places.logs)
     _run(trainer, places)
     report = TrainingReport(trainer.state.global_step, len(pairs), dropped, len(held_out), held_out_dropped)
     report.cut = cut_counts([*pairs, *held_out])
@@ -107,16 +118,25 @@ def _split(
     return Split(train, test, names)
 
 
+def _prepared(
+    model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, references: References
+) -> Split:
+    model.train(False)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        train, test = (
+            objective.prepare(model, items, config.batch_size, partial(references, name))
+            for name, items in (("train", split.train), ("test", split.test))
+        )
+    return Split(train, test, split.names)
+
+
 def _trainer(
     model: PreTrainedModel, objective: Objective, split: Split, config: OfflineConfig, places: Places
 ) -> OfflineTrainer:
-    model.train(False)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        train, test = (objective.prepare(model, part, config.batch_size) for part in (split.train, split.test))
     if config.gradient_checkpointing and config.lora is not None:
         cast(Any, model).enable_input_require_grads()
-    arguments = training_arguments(config, len(train), places, model.device)
-    return OfflineTrainer(model, objective, Split(train, test, split.names), config, arguments)
+    arguments = training_arguments(config, len(split.train), places, model.device)
+    return OfflineTrainer(model, objective, split, config, arguments)
 
 
 def _run(trainer: OfflineTrainer, places: Places) -> None:
@@ -164,7 +184,8 @@ def _save(trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, o
     with quiet():
         if config.lora is not None:
             cast(Any, model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
-            model = merged(model)
+            is_4bit = getattr(loaded.model, "is_loaded_in_4bit", False)
+            model = merged_anew(loaded.source, output / ADAPTER, "bfloat16") if is_4bit else merged(model)
         model.save_pretrained(output)
         loaded.tokenizer.save_pretrained(output)
 

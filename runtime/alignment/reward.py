@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runtime.alignment.collate import Batch, collate
 from runtime.alignment.config import RewardSettings
-from runtime.alignment.items import Item, as_batch, as_inputs, within
+from runtime.alignment.items import Item, Recall, as_batch, as_inputs, within
 from runtime.alignment.losses import Losses
 from runtime.models import PromptFormat, encode_answer
 from runtime.records import Message
@@ -23,7 +23,7 @@ class RewardObjective:
     def __init__(self, settings: RewardSettings, pad_id: int) -> None:
         self.settings, self.pad_id = settings, pad_id
 
-    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int) -> list[Item]:
+    def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int, recall: Recall) -> list[Item]:
         """Nothing can be computed before."""
         return list(items)
 

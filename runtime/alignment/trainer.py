@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from runtime.alignment.arguments import WORST_LOSS
-from runtime.alignment.callbacks import OwnState, ReportProgress
+from runtime.alignment.callbacks import EventFiles, OwnState, ReportProgress
 from runtime.alignment.config import OfflineConfig
 from runtime.alignment.figures import ALL, Figures, GroupSums, extremes
 from runtime.alignment.groups import GroupReducer
@@ -81,11 +81,9 @@ class OfflineTrainer(Trainer):
         """Have steps reported, and figures written as TensorBoard's event files."""
         if on_progress is not None:
             self.add_callback(ReportProgress(on_progress))
-        if logs is not None and self.config.watch.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            from transformers.integrations.integration_utils import TensorBoardCallback
-
-            self.add_callback(TensorBoardCallback(SummaryWriter(str(logs))))  # type: ignore[no-untyped-call]
+        is_wanted = self.config.watch.report_to == "tensorboard" and self.accelerator.is_main_process
+        if logs is not None and is_wanted:
+            self.add_callback(EventFiles(logs))
 
     def compute_loss(
         self,

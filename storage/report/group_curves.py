@@ -13,14 +13,14 @@ Curve = Sequence[tuple[int, float]]
 
 # Every k-th entry of a long training. The weights only move in training.
 _CURVES = """
-WITH looks AS (SELECT COUNT(DISTINCT step) > 1 AS enough FROM training WHERE split = 'test'),
+WITH looks AS (SELECT COUNT(DISTINCT step) > 1 AS enough FROM training WHERE held_out),
 shown AS (
     SELECT metric, "group", step, value,
            ROW_NUMBER() OVER (PARTITION BY metric, "group" ORDER BY step) - 1 AS place,
            COUNT(*) OVER (PARTITION BY metric, "group") AS n
     FROM training, looks
     WHERE "group" IS NOT NULL AND isfinite(value) AND metric IN ('loss', 'rewards/accuracies', 'weight')
-      AND split = CASE WHEN enough AND metric <> 'weight' THEN 'test' ELSE 'train' END
+      AND COALESCE(held_out, FALSE) = (enough AND metric <> 'weight')
 )
 SELECT metric, "group", step, value FROM shown WHERE place % CEIL(n / $max_steps)::BIGINT = 0 ORDER BY ALL
 """

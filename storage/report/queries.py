@@ -71,7 +71,7 @@ _TRAINING = """
 SELECT metric, step, value FROM (
     SELECT *, ROW_NUMBER() OVER (PARTITION BY metric ORDER BY step) - 1 AS place,
            COUNT(*) OVER (PARTITION BY metric) AS n
-    FROM training WHERE isfinite(value) AND "group" IS NULL AND split = 'train'
+    FROM training WHERE isfinite(value) AND "group" IS NULL AND held_out IS NOT TRUE
 )
 WHERE place % CEIL(n / $max_steps)::BIGINT = 0 ORDER BY ALL
 """

@@ -28,7 +28,7 @@ def fill(lake: Lake) -> None:
     dropped = [_rejected("assemble", f"p{i}", "quota") for i in range(8, N_PROMPTS)]
     pairs = {"preferences": _pairs(8), "rejected": dropped}
     _publish(lake, "preferences/demo@000000000006", "assemble", inputs, pairs)
-    losses = [{"step": 1, "metric": "loss", "value": 0.69, "group": None}]
+    losses = [{"step": 1, "metric": "loss", "value": 0.69, "group": None, "held_out": False}]
     inputs = {"preferences": str(first)}
     model = _publish(lake, "models/demo@000000000007", "finetune", inputs, {"training": losses})
     inputs = {"prompts": str(prompts), "after": str(model)}

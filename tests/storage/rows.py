@@ -87,9 +87,11 @@ def metric(model: str = "before", group: str = "all", name: str = "truth", value
     return {"model": model, "group": group, "metric": name, "value": value, "n": 4}
 
 
-def training(step: int = 1, name: str = "loss", value: float = 0.5, group: str | None = None) -> dict[str, object]:
+def training(
+    step: int = 1, name: str = "loss", value: float = 0.5, group: str | None = None, held_out: bool = False
+) -> dict[str, object]:
     """A row of `training`."""
-    return {"step": step, "metric": name, "value": value, "group": group}
+    return {"step": step, "metric": name, "value": value, "group": group, "held_out": held_out}
 
 
 def publish_candidates(lake: Lake, version: str = VERSION, n_rows: int = 3) -> DatasetRef:

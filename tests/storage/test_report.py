@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from storage.errors import ExtraError, LakeError, RefError
 from storage.lake import DatasetRef, Lake
 from storage.report.page import Report, build_report
-from storage.report.pictures import main_picture
+from storage.report.pictures import main_picture, stage_pictures
 from storage.report.svg import png
 from storage.schema import to_table
 from storage.writer import Provenance, Shard
@@ -344,3 +344,19 @@ def test_the_main_picture_of_a_stage_is_a_small_png(name: str, key: str, tmp_pat
     data = png(picture)
     assert data.startswith(b"\x89PNG")
     assert len(data) < 100_000
+
+
+def test_groups_have_curves_of_held_out_pairs_where_there_were_looks(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path))
+    rows = [training(step, "loss", 0.5, group) for step in (1, 2) for group in ("a", "b")]
+    rows += [training(step, "weight", 0.1 * step, "a") for step in (1, 2)]
+    held_out = [training(step, "loss", 9.0 + step, group, True) for step in (1, 2) for group in ("a", "b")]
+    for version, shown in (("a" * 12, rows), ("b" * 12, [*rows, *held_out])):
+        ref = _publish(lake, ("models", "finetune", version), {("training", "train"): shown})
+        (picture,) = [one for one in stage_pictures(lake, ref) if one.key == "group-curves"]
+        first, last = ("10", "11") if version[0] == "b" else ("0.5", "0.5")
+        assert f"loss of a: {first} to {last}; loss of b: {first} to {last}" in picture.alt
+        assert "weight of a: 0.1 to 0.2" in picture.alt
+    alone = [row for row in rows if row["group"] == "a"]
+    ref = _publish(lake, ("models", "finetune", "c" * 12), {("training", "train"): alone})
+    assert "group-curves" not in [one.key for one in stage_pictures(lake, ref)]

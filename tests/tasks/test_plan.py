@@ -22,6 +22,8 @@ AFTER = {
 # Set by the pipeline itself, or with a single choice.
 CONNECTED = {"name", "prompts", "candidates", "preferences", "before", "after"}
 SINGLE_CHOICE = {("export", "format"), ("export", "model")}
+# Read by reward models alone, which a pipeline does not train: see test_finetune.py.
+OF_REWARD_MODELS = {("finetune", "reward_margin"), ("finetune", "reward_prefixes")}
 OTHERS: dict[str, object] = {
     "format": "jsonl",
     "messages_column": "turns",
@@ -78,6 +80,7 @@ OTHERS: dict[str, object] = {
     "report_to": "none",
     "truncation": "keep_end",
     "packing": True,
+    "reference": "anew",
     "truth": "none",
     "s3d": "4",
     "s3d_adapter": "elsewhere",
@@ -92,11 +95,9 @@ READERS: dict[str, dict[str, object]] = {
     "simpo_gamma": {"method": "simpo"},
     "desirable_weight": {"method": "kto"},
     "undesirable_weight": {"method": "kto"},
-    "reward_margin": {"method": "reward"},
-    "reward_prefixes": {"method": "reward"},
     **{name: {"reducer": "robust"} for name in ("step_size", "chi", "adjustment")},
     **{name: {"lora": True} for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")},
-    "early_stopping": {"eval_steps": 50},
+    "early_stopping": {"eval_steps": 100},
     "packing": {"method": "sft"},
 }
 
@@ -112,7 +113,7 @@ def _fields() -> list[tuple[str, str]]:
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         fields += [(stage, name) for name in model.model_fields if name not in CONNECTED]
-    return [field for field in fields if field not in SINGLE_CHOICE]
+    return [field for field in fields if field not in SINGLE_CHOICE | OF_REWARD_MODELS]
 
 
 def _flipped(stage: str, name: str, models: dict[str, str]) -> dict[str, object]:

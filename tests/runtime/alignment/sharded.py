@@ -1,6 +1,7 @@
 """Gradients of a model that FSDP2 shards over CPU processes, against those of the whole model; run by torchrun."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from runtime.alignment.encode import encode_pairs
 from runtime.alignment.items import Item, Objective
 from runtime.alignment.losses import LossSettings
 from runtime.alignment.objective import PolicyObjective
+from runtime.alignment.reference import not_stored
 from runtime.alignment.reward import RewardObjective, RewardSettings
 from runtime.models import load_policy, load_reward_start
 from tests.runtime.alignment.trained import rows
@@ -30,7 +32,7 @@ def main(policy: str, output: str) -> None:
             RewardObjective(RewardSettings(), 0)
         )  # fmt: skip
         pairs, _ = encode_pairs(rows(4), whole.tokenizer, "chat", 128)
-        items = objective.prepare(whole.model, [Item(pair, 0) for pair in pairs], 4)
+        items = objective.prepare(whole.model, [Item(pair, 0) for pair in pairs], 4, partial(not_stored, "train"))
         for layer in sharded.model.base_model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(sharded.model, mesh=mesh)

@@ -116,6 +116,7 @@ def test_each_unusable_row_has_its_reason() -> None:
         ROW,
         replace(ROW, chosen=""),
         replace(ROW, rejected=" \n"),
+        replace(ROW, chosen=()),
         replace(ROW, rejected="four"),
         replace(ROW, rejected="four "),  # equal once the template has trimmed it
         replace(ROW, chosen="no"),
@@ -124,7 +125,7 @@ def test_each_unusable_row_has_its_reason() -> None:
     ]
     pairs, dropped = encode_pairs(rows, tokenizer, "chat", 64)
     assert [pair.row for pair in pairs] == [0]
-    assert dropped == {"empty_answer": 2, "equal_answers": 2, "refused": 1, "prompt_too_long": 1, "too_long": 1}
+    assert dropped == {"empty_answer": 3, "equal_answers": 2, "refused": 1, "prompt_too_long": 1, "too_long": 1}
     assert len(pairs) + dropped.total() == len(rows)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.alignment.checkpoints import last_checkpoint, read_state, write_state
 from runtime.alignment.config import Places, Watch
-from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.offline import Helpers, PairRows, train_offline
 from runtime.models import load_policy
 from tests.runtime.alignment.trained import CONFIGS, largest_difference, rows, train
 
@@ -56,7 +56,7 @@ def test_a_training_stopped_anywhere_goes_on_as_if_nothing_had_been(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train_offline(load_policy(str(tiny_policy_dir)), data, config, places, stopped)
+            train_offline(load_policy(str(tiny_policy_dir)), data, config, places, Helpers(stopped))
     parts = train_offline(load_policy(str(tiny_policy_dir)), data, config, places)
     assert largest_difference(places.output, tmp_path / "whole") == 0
     assert parts == whole

@@ -136,7 +136,6 @@ def test_a_reporter_that_is_not_installed_is_named(tiny_policy_dir: Path, tmp_pa
         train(load_policy(str(tiny_policy_dir)), tmp_path, config)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's own imports
 def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -144,6 +143,9 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     config = replace(DPO, watch=Watch(report_to="tensorboard", eval_steps=6), groups=GroupSettings("importance"))
     places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
     report = train_offline(load_policy(str(tiny_policy_dir)), DATA, config, places)
+    (file,) = (tmp_path / "logs").iterdir()
+    assert file.name == "part-00000.tfevents"
+    assert str(tmp_path).encode() not in file.read_bytes()
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     found = [event.value for event in events.Scalars("train/loss")]

@@ -13,7 +13,7 @@ from runtime.alignment.collate import PreferenceRow
 from runtime.alignment.config import LoraSettings, OfflineConfig, Places, Watch
 from runtime.alignment.groups import GroupSettings
 from runtime.alignment.losses import LossSettings
-from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.offline import Helpers, PairRows, train_offline
 from runtime.alignment.report import TrainingReport
 from runtime.models import LoadedModel, load_policy
 from runtime.records import Message
@@ -75,7 +75,7 @@ def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) ->
             os.kill(os.getpid(), signal.SIGKILL)
 
     places = Places(folder, folder / "work")
-    report = train_offline(load_policy(model), PairRows(rows(16), rows(6)), config, places, on_progress)
+    report = train_offline(load_policy(model), PairRows(rows(16), rows(6)), config, places, Helpers(on_progress))
     if os.environ.get("RANK", "0") == "0":
         points = [[p.step, p.split, p.group, p.metric, p.value] for p in report.points]
         (folder / "report.json").write_text(json.dumps({"points": points, "tokens": report.n_tokens}))
