@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from group_arms import ARMS, Metrics, over_seeds, table, train_arm
+from group_arms import Metrics, over_seeds, table, train_arm
 from harness import options, show
 
 from runtime.alignment.collate import PreferenceRow
@@ -71,24 +71,39 @@ class Study:
     n_train: Mapping[str, int]
     n_held_out: int
     config: OfflineConfig
-    step_size: float
+    arms: Mapping[str, GroupSettings]
 
 
-def _config(learning_rate: float) -> OfflineConfig:
+def _config(learning_rate: float, epochs: int) -> OfflineConfig:
     loss = LossSettings("dpo", beta=0.1)
-    return OfflineConfig(loss, learning_rate=learning_rate, epochs=3, batch_size=16, prompt_format="text")
+    return OfflineConfig(loss, learning_rate=learning_rate, epochs=epochs, batch_size=16, prompt_format="text")
 
 
-# Learning rate and step size were chosen on seed 100, which is not reported.
+def _arms(step_size: float, adjusted: GroupSettings) -> dict[str, GroupSettings]:
+    return {
+        "mean": GroupSettings("mean"),
+        "importance": GroupSettings("importance"),
+        "robust": GroupSettings("robust", step_size),
+        "robust, C": adjusted,
+    }
+
+
+# Learning rates, step sizes and C were chosen on seed 100, which is not reported.
 STUDIES = {
     "personas": Study(
         personas,
         {"politically-liberal": 200, "politically-conservative": 20, "risk-averse": 200, "risk-seeking": 20},
         200,
-        _config(2e-4),
-        0.05,
+        _config(2e-4, epochs=3),
+        _arms(0.1, GroupSettings("robust", 0.05, adjustment=4.0)),
     ),
-    "hh": Study(dialogues, {"helpful-base": 360, "harmless-base": 36}, 200, _config(2e-4), 0.05),
+    "hh": Study(
+        dialogues,
+        {"helpful-base": 320, "harmless-base": 32},
+        250,
+        _config(1e-4, epochs=1),
+        _arms(0.1, GroupSettings("robust", 0.05, adjustment=4.0)),
+    ),
 }
 
 
@@ -101,14 +116,11 @@ def main() -> None:
 
 
 def arms(study: Study, rows: Rows, seed: int) -> dict[str, Metrics]:
-    """Every reducer on the pairs of one seed."""
+    """All arms on the pairs of one seed."""
     pairs = drawn(study, rows, seed)
     config = replace(study.config, seed=seed)
-    found = {}
-    for reducer in ARMS:
-        loaded = load_policy(str(SHARED / "models" / "stories3m"))
-        found[reducer] = train_arm(loaded, pairs, config, GroupSettings(reducer, study.step_size))
-    return found
+    model = str(SHARED / "models" / "stories3m")
+    return {name: train_arm(load_policy(model), pairs, config, groups) for name, groups in study.arms.items()}
 
 
 def drawn(study: Study, rows: Rows, seed: int) -> PairRows:

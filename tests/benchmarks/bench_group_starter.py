@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from group_arms import ARMS, Metrics, over_seeds, table, train_arm
+from group_arms import Metrics, over_seeds, table, train_arm
 from harness import options, show
 from starter_runs import Starter, prompts
 
@@ -37,8 +37,12 @@ N_CANDIDATES, N_SAMPLES, MAX_ROWS = 8, 4, 128
 # The demo's settings.
 LOSS = LossSettings("dpo", beta=0.05, nll_weight=20.0)
 CONFIG = OfflineConfig(LOSS, learning_rate=4e-4, epochs=3, batch_size=16, max_length=256)
-# Chosen on seed 100, which is not reported.
-STEP_SIZE = 0.03
+# The step size was chosen on seed 100, which is not reported.
+ARMS = {
+    "mean": GroupSettings("mean"),
+    "importance": GroupSettings("importance"),
+    "robust": GroupSettings("robust", step_size=0.03),
+}
 
 
 def main() -> None:
@@ -48,14 +52,14 @@ def main() -> None:
 
 
 def arms(seed: int) -> dict[str, Metrics]:
-    """The starter itself, and every reducer on the pairs of one seed."""
+    """The starter itself, and all arms on the pairs of one seed."""
     train, held_out = split(seed)
     pairs = best_and_worst(train, seed)
     found = {"start": answered(load_policy(str(path("policy"))), held_out, seed)}
-    for reducer in ARMS:
+    for name, groups in ARMS.items():
         loaded = load_policy(str(path("policy")))
-        trained = train_arm(loaded, PairRows(pairs), replace(CONFIG, seed=seed), GroupSettings(reducer, STEP_SIZE))
-        found[reducer] = answered(loaded, held_out, seed) | trained
+        trained = train_arm(loaded, PairRows(pairs), replace(CONFIG, seed=seed), groups)
+        found[name] = answered(loaded, held_out, seed) | trained
     return found
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from runtime.alignment.config import OfflineConfig, Places
 from runtime.alignment.figures import ALL
-from runtime.alignment.groups import GroupSettings, Reducer
+from runtime.alignment.groups import GroupSettings
 from runtime.alignment.offline import PairRows, train_offline
 from runtime.alignment.report import TrainingReport
 from runtime.models import LoadedModel
 
-ARMS: tuple[Reducer, ...] = ("mean", "importance", "robust")
 Metrics = dict[str, float]  # figure -> value, of one trained model
 
 
