@@ -95,8 +95,8 @@ def _extremes(rows: Sequence[Mapping[str, object]]) -> dict[tuple[str, str, str]
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, JsonValue]:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "spread": spread, "seeds": len(values)}
+    spread = round(statistics.stdev(values), 6) if len(values) > 1 else None
+    return {"mean": round(statistics.fmean(values), 6), "spread": spread, "seeds": len(values)}
 
 
 def _order(groups: Sequence[str]) -> list[str]:

@@ -100,7 +100,7 @@ STUDIES = {
     "hh": Study(
         dialogues,
         {"helpful-base": 320, "harmless-base": 32},
-        250,
+        150,
         _config(1e-4, epochs=1),
         _arms(0.1, GroupSettings("robust", 0.05, adjustment=4.0)),
     ),
