@@ -35,6 +35,7 @@ _WHAT = {
     "reference": "Log-probabilities of the answers of preference pairs under the model that training starts from.",
     "finetune": "A model trained on preference pairs, as a Hugging Face folder in `model/`.",
     "evaluate": "Held-out prompts answered by the model before and after fine-tuning, and metrics per group.",
+    "compare": "Several methods trained on the same pairs with the same seeds, compared per group and worst group.",
     "export": "A model that left the lake.",
 }
 

@@ -109,6 +109,18 @@ REFERENCE_LOGPS = pa.schema(
         pa.field("n_rejected", pa.int32(), nullable=False),
     ]
 )
+COMPARISON = pa.schema(
+    [
+        pa.field("method", pa.string(), nullable=False),
+        # Null where the figure is of the model that all methods started from.
+        pa.field("seed", pa.int64()),
+        # Null where a figure is of all groups together, or of the training.
+        pa.field("group", pa.string()),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+    ]
+)
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
@@ -117,6 +129,7 @@ TABLES: dict[str, pa.Schema] = {
     "metrics": METRICS,
     "training": TRAINING,
     "reference_logps": REFERENCE_LOGPS,
+    "comparison": COMPARISON,
 }
 
 

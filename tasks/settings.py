@@ -18,6 +18,7 @@ from tasks.settings_base import Dtype as Dtype
 from tasks.settings_base import PromptFormat as PromptFormat
 from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
+from tasks.settings_compare import MethodsConfig as MethodsConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 from tasks.settings_iterate import IterateConfig as IterateConfig
@@ -247,6 +248,16 @@ class EvaluateConfig(RewardConfig):
         return self
 
 
+class CompareConfig(MethodsConfig):
+    """Methods of fine-tuning, compared on held-out pairs and by the answers to held-out prompts."""
+
+    evaluate: EvaluateConfig = Field(
+        EvaluateConfig(),
+        title="Evaluate",
+        description="Answers of every trained model; truth = none leaves them out, the held-out pairs remain",
+    )
+
+
 class ExportConfig(StageConfig):
     """What leaves the lake."""
 
@@ -279,6 +290,11 @@ class PipelineConfig(BaseModel):
     assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
     finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
+    compare: CompareConfig = Field(
+        CompareConfig(),
+        title="Compare",
+        description="Run by `winnow compare` only; finetune and evaluate are taken from above",
+    )
     export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
 
     def stage(self, stage: Stage, **inputs: str) -> Stage:

@@ -27,6 +27,7 @@ STAGE_VERSIONS = {
     "finetune": 2,
     "reference": 1,
     "evaluate": 1,
+    "compare": 1,
     "export": 1,
 }
 

@@ -10,6 +10,7 @@ import duckdb
 from storage.lake import DatasetRef, Lake
 from storage.lineage import family_tree
 from storage.report import pictures, plots, queries, samples
+from storage.report.comparison import comparison
 from storage.report.plots import Picture
 from storage.report.samples import Sample
 from storage.report.style import DARK, need_matplotlib
@@ -107,6 +108,12 @@ def _training(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     return Section("Training", "", notes, (), tuple(drawn))
 
 
+def _comparison(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
+    found = queries.comparison(connection)
+    table = Table("Comparison", ["metric", "group", "method", "mean", "lowest", "highest", "seeds"], found)
+    return Section("Methods compared", "", (), (table,), _drawn(comparison(connection)))
+
+
 def _rejected(connection: duckdb.DuckDBPyConnection, about: Subject) -> Section:
     rows = queries.drop_counts(connection)
     if not rows:
@@ -135,6 +142,7 @@ def _counted(title: str, about: Subject, needed: str) -> tuple[Table, ...]:
 _BY_TABLE = {
     "preferences": _preferences,
     "metrics": _metrics,
+    "comparison": _comparison,
     "training": _training,
     "candidates": _candidates,
     "rejected": _rejected,

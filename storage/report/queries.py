@@ -58,6 +58,12 @@ SELECT * FROM (
 )
 ORDER BY "group" <> 'all', "group", metric <> 'truth', metric
 """
+_COMPARISON = """
+WITH means AS (
+    SELECT metric, "group", method, AVG(value), MIN(value), MAX(value), COUNT(*) FROM comparison GROUP BY ALL
+)
+SELECT * FROM means ORDER BY metric <> 'truth', metric <> 'accuracy', metric, "group" NULLS FIRST, method
+"""
 _DROPS = """
 SELECT COALESCE("group", '(no group)') AS "group", reason, COUNT(*) AS rows FROM rejected GROUP BY ALL ORDER BY ALL
 """
@@ -127,6 +133,11 @@ def lengths(connection: Connection) -> Points:
 def metrics(connection: Connection) -> list[tuple[str, str, float | None, float | None, int]]:
     """(group, metric, before, after, answers); all groups first, truth before other metrics."""
     return connection.execute(_METRICS).fetchall()
+
+
+def comparison(connection: Connection) -> list[tuple[str, str | None, str, float, float, float, int]]:
+    """(metric, group, method, mean, lowest, highest, seeds); the group is None for all together."""
+    return connection.execute(_COMPARISON).fetchall()
 
 
 def drop_counts(connection: Connection) -> list[tuple[str, str, int]]:

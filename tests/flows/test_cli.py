@@ -22,6 +22,7 @@ COMMANDS = (
     "demo",
     "run",
     *STAGES,
+    "compare",
     "calibrate",
     "adapt",
     "align",

@@ -10,7 +10,7 @@ from prefect.utilities.callables import parameter_schema
 
 from tasks.plan import STAGES
 
-FLOWS = (*STAGES, "calibrate", "import_preferences", "adapt", "align", "iterate", "pipeline")
+FLOWS = (*STAGES, "calibrate", "compare", "import_preferences", "adapt", "align", "iterate", "pipeline")
 GOLDEN = Path(__file__).parent / "parameter_schemas.json"
 
 
