@@ -26,6 +26,7 @@ def _run(kind: str, model: Path, output: Path, killed_at: int = 0) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 def test_a_killed_training_that_is_resumed_gives_the_same_bits(tiny_policy_dir: Path, tmp_path: Path) -> None:
     assert _run("full", tiny_policy_dir, tmp_path / "undisturbed") == 0
     for step in (5, 14):

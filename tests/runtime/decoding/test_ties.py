@@ -56,7 +56,7 @@ def _all(decode: Decode, policy: LoadedModel, prompts: Sequence[Prompt], **sampl
     return [*found, *(decode(prompts, policy=policy, s3d=S3DDecoding(adapter, k), **sampling) for k in (0, 1, 4))]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"repetition_penalty": 1.2}])
+@pytest.mark.parametrize("sampling", [{"repetition_penalty": 1.2}])
 def test_greedy_texts_of_equally_likely_tokens_do_not_depend_on_rounding(
     decode: Decode, twins: LoadedModel, tiny_prompts: Sequence[Prompt], shake: Shake, sampling: dict[str, Any]
 ) -> None:
@@ -78,7 +78,7 @@ def test_without_settling_rounding_would_decide(
     assert all(found != still for found in _all(decode, twins, tiny_prompts, temperature=0))
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_k": 20}, {"top_p": 0.9}, {"temperature": 0.5}])
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 20}, {"top_p": 0.9, "temperature": 0.5}])
 def test_sampled_texts_are_settled_likewise(
     decode: Decode,
     tiny_policy: LoadedModel,

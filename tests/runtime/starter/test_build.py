@@ -61,6 +61,7 @@ def test_a_miniature_build_trains_and_writes_loadable_models(miniature: Path) ->
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
 
 
+@pytest.mark.slow
 def test_the_same_seed_builds_the_same_bytes(miniature: Path, tmp_path: Path) -> None:
     build(tmp_path, MINIATURE, lambda *_: None)
     for name in (

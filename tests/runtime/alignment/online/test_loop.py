@@ -78,8 +78,17 @@ def test_every_method_raises_the_reward(method: str, tiny_policy_dir: Path, tmp_
     assert len(report.curve("grad_norm")) == steps
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        ("grpo", None),
+        ("ppo", None),
+        ("jbond", None),
+        ("jbond", LoraSettings(rank=4)),
+        *(pytest.param(method, LoraSettings(rank=4), marks=pytest.mark.slow) for method in ("grpo", "ppo", "bond")),
+        *(pytest.param(method, None, marks=pytest.mark.slow) for method in ("rloo", "remax", "bond")),
+    ],
+)
 def test_a_training_stopped_anywhere_goes_on_to_the_same_bits(
     method: str, lora: LoraSettings | None, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
