@@ -1,10 +1,10 @@
 """The starter's smallest group, auditors, after DPO on 400 pairs of which a tenth are theirs: mean, IS and GR.
 
-    PYTHONPATH=. .venv/bin/python tests/benchmarks/bench_group_starter.py [--arm-seeds 0 1 2] [--losses dpo "dpo + 5 nll"]
+    PYTHONPATH=. .venv/bin/python tests/benchmarks/bench_group_starter.py [--arm-seeds 0 1 2] [--losses dpo dpo+nll]
 
 Every seed shuffles the starter's prompts, draws 8 answers to 400 of them and pairs the best with the worst by the
 reward model. Other prompts, 60 of auditors and 30 of each other group, are then answered 6 times by every model, and
-the true rule says which answers are right. Writes bench-results/group_starter.json.
+the true rule says which answers are right. Writes bench-results/group_starter_LOSS.json.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN = LossSettings("dpo", beta=0.1)
 # four for the mean, the step sizes among three.
 STUDIES = {
     "dpo": (OfflineConfig(PLAIN, learning_rate=5e-5, epochs=2, batch_size=16, max_length=256), 0.1),
-    "dpo + 5 nll": (
+    "dpo+nll": (
         OfflineConfig(replace(PLAIN, nll_weight=5.0), learning_rate=4e-4, epochs=3, batch_size=16, max_length=256),
         0.02,
     ),
@@ -52,7 +52,7 @@ def main() -> None:
     found = over_seeds(settings.arm_seeds, lambda seed: arms(seed, settings.losses))
     for loss in settings.losses:
         own = {name.removeprefix(f"{loss}, "): runs for name, runs in found.items() if name.startswith(f"{loss}, ")}
-        show(f"group_starter {loss}", settings, table({"start": found["start"], **own}, against="mean"))
+        show(f"group_starter_{loss}", settings, table({"start": found["start"], **own}, against="mean"))
 
 
 def arms(seed: int, losses: Sequence[str]) -> dict[str, Metrics]:
