@@ -3,6 +3,8 @@
 import hashlib
 import time
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from storage.lake import Lake
@@ -49,12 +51,19 @@ def open_s3d(config: GenerateConfig, policy: "LoadedModel", lake: Lake) -> "S3DD
     """How to decode with the policy's adapter; None without S3D."""
     if config.s3d == "off":
         return None
-    from runtime.decoding.s3d.adapter import load_adapter
-    from runtime.decoding.s3d.rounds import S3DDecoding
     from tasks.adapt import adapter_path
 
-    adapter = load_adapter(adapter_path(config.s3d_adapter, lake), policy)
-    return S3DDecoding(adapter, None if config.s3d == "auto" else int(config.s3d), clock=time.perf_counter)
+    return _opened(str(adapter_path(config.s3d_adapter, lake)), config.s3d, policy)
+
+
+@lru_cache(maxsize=2)
+def _opened(path: str, s3d: str, policy: "LoadedModel") -> "S3DDecoding":
+    """Once per process: what `auto` has measured in one shard serves the next."""
+    from runtime.decoding.s3d.adapter import load_adapter
+    from runtime.decoding.s3d.rounds import S3DDecoding
+
+    adapter = load_adapter(Path(path), policy)
+    return S3DDecoding(adapter, None if s3d == "auto" else int(s3d), clock=time.perf_counter)
 
 
 def plan_drafting(config: GenerateConfig, lake: Lake) -> DraftingPlan | None:

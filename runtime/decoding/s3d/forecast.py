@@ -41,8 +41,11 @@ def forecast(
     if not rates:
         raise ModelError("the S3D adapter does not say how often its drafts are accepted; run `winnow adapt`")
     expected = Acceptance(adapter.config.k, rates).tokens()
-    s3d = S3DDecoding(adapter, clock=clock)
-    return [_best(n, expected, round_seconds(policy, s3d, prompt, n, prompt_format)) for n in rows]
+    found = []
+    for n in rows:
+        s3d = S3DDecoding(adapter, clock=clock)  # a new one, which has measured nothing yet
+        found.append(_best(n, expected, round_seconds(policy, s3d, prompt, n, prompt_format)))
+    return found
 
 
 def round_seconds(

@@ -6,7 +6,7 @@ drafts no further than it may go, and its slots reach that far.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ MOST_ACTIVE = 7 / 8  # of the live rows, where those that wait for the others ar
 
 @dataclass(frozen=True, slots=True)
 class S3DDecoding:
-    """What drafts, and how many tokens: `k` always, or, where k is None, as many as pay by `clock`."""
+    """What drafts, and how many tokens: `k` always, or, where k is None, as many as pay by `clock`.
+
+    What the controller has measured serves all engines that are given the same S3DDecoding.
+    """
 
     adapter: S3DAdapter
     k: int | None = None
     rule: RuleName = "coupled"
     clock: Clock | None = None
+    controller: Controller | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.k is None and self.clock is None:
@@ -39,15 +43,17 @@ class S3DDecoding:
         if self.k is not None and self.k < 0:
             raise ConfigError(f"S3D with k = {self.k}; use 0 or above")
         self.adapter.check_k(self.k or 0)
+        if self.k is None:
+            object.__setattr__(self, "controller", Controller(self.adapter.config.k, self.adapter.config.rates))
 
 
 class S3DRounds:
-    """Steps that draft; what was measured serves all runs of an engine."""
+    """Steps that draft."""
 
     def __init__(self, policy: LoadedModel, s3d: S3DDecoding, plain: PlainSteps) -> None:
         self.drafter, self.s3d, self.plain = Drafter(policy, s3d.adapter), s3d, plain
         self.k = s3d.adapter.config.k if s3d.k is None else s3d.k
-        self.controller = Controller(self.k, s3d.adapter.config.rates) if s3d.k is None else None
+        self.controller = s3d.controller
         self._ended: float | None = None  # when the last round did
 
     @property
