@@ -140,11 +140,27 @@ class Gatherer:
 
     def _logps(self, batch: Batch, has_values: bool = False) -> TokenLogps:
         head = self.players.value_head if has_values else None
-        return _joined(batch, self.rows, lambda part: token_logps(self.players.model, part, self._temperature, head))
+        return self._joined(batch, lambda part: token_logps(self.players.model, part, self._temperature, head))
 
     def _under(self, other: Other, batch: Batch) -> TokenLogps:
         with other.active() as loaded:
-            return _joined(batch, self.rows, lambda part: token_logps(loaded.model, part, self._temperature))
+            return self._joined(batch, lambda part: token_logps(loaded.model, part, self._temperature))
+
+    def _joined(self, batch: Batch, compute: Callable[[Batch], TokenLogps]) -> TokenLogps:
+        """`compute` of some rows at a time, no wider than they must be, put together as if of all at once."""
+        n_rows, width = batch.token_ids.shape
+        every = torch.arange(n_rows, device=batch.token_ids.device)
+        ranks, found = self.sampler.ranks, torch.empty(0)
+        own = ranks.own(every)
+        for rows in torch.split(own if len(own) else every[:1], self.rows):
+            part = compute(rows_of(batch, rows))
+            columns = torch.stack([one for one in (part.logps, part.entropy, part.values) if one is not None])
+            if not found.numel():
+                found = columns.new_zeros(len(columns), n_rows, width - 1)
+            found[:, rows, : columns.shape[2]] = columns
+        # A process without a row of its own has only learnt the shape.
+        logps, entropy, *values = ranks.added(found if len(own) else torch.zeros_like(found))
+        return TokenLogps(logps, entropy, values[0] if values else None)
 
     @property
     def _temperature(self) -> float:
@@ -155,16 +171,3 @@ def _best_rows(scores: Tensor) -> Tensor:
     """Row of the best answer to each prompt, of scores (prompts, samples)."""
     n_prompts, n_samples = scores.shape
     return scores.argmax(dim=1) + torch.arange(n_prompts, device=scores.device) * n_samples
-
-
-def _joined(batch: Batch, rows: int, compute: Callable[[Batch], TokenLogps]) -> TokenLogps:
-    """`compute` of some rows at a time, no wider than they must be, put together as if of all at once."""
-    n_rows, width = batch.token_ids.shape
-    parts = []
-    for start in range(0, n_rows, rows):
-        found = compute(rows_of(batch, torch.arange(start, min(start + rows, n_rows), device=batch.token_ids.device)))
-        missing = width - 1 - found.logps.shape[1]
-        columns = [found.logps, found.entropy, *([] if found.values is None else [found.values])]
-        parts.append([torch.nn.functional.pad(column, (0, missing)) for column in columns])
-    joined = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    return TokenLogps(joined[0], joined[1], joined[2] if len(joined) > 2 else None)

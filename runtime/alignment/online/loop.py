@@ -19,13 +19,14 @@ from runtime.alignment.online.evaluation import Evaluation
 from runtime.alignment.online.experience import Experience, Gatherer
 from runtime.alignment.online.lessons import Lesson, lesson_losses
 from runtime.alignment.online.players import Cast, Players
+from runtime.alignment.online.ranks import Ranks
 from runtime.alignment.online.rollout import PromptOrder, Sampler
 from runtime.alignment.online.state import load_state, save_state
 from runtime.alignment.online.surrogates import divisor_of, summed
 from runtime.alignment.online.training import OnlineConfig, OnlineReport, Shown, Truth
 from runtime.alignment.report import Point, Warned
 from runtime.alignment.trainer import DivergedError
-from runtime.errors import InputError, ModelError
+from runtime.errors import ConfigError, InputError, ModelError
 from runtime.models import LoadedModel, quiet
 from runtime.records import Progress, Prompt
 from runtime.rewards.protocol import Reward
@@ -58,14 +59,20 @@ def train_online(
     without_dropout(loaded.model)
     training = _Training(loaded, task, config, places.work)
     report = training.run(on_progress)
+    if training.ranks.is_first:
+        _write(training.players, loaded, config, places)
+    training.ranks.wait()
+    return report
+
+
+def _write(players: Players, loaded: LoadedModel, config: OnlineConfig, places: Places) -> None:
     with quiet():
-        model = training.players.model
+        model = players.model
         if config.lora is not None:
             cast(Any, model).save_pretrained(places.output / ADAPTER, selected_adapters=["default"])
             model = merged(model)
         model.save_pretrained(places.output)
         loaded.tokenizer.save_pretrained(places.output)
-    return report
 
 
 class _Training:
@@ -76,7 +83,13 @@ class _Training:
         roles = Cast(has_anchor=settings.method == "jbond", has_values=settings.method == "ppo")
         self.players = Players.of(loaded, config.lora, roles, config.seed)
         self.optimizer = _optimizer(self.players, config)
-        self.gatherer = Gatherer(self.players, Sampler(task.reward, config.drawing), settings, config.rows)
+        self.ranks = Ranks()
+        if config.prompts_per_step < self.ranks.size * settings.minibatches:
+            raise ConfigError(
+                f"prompts_per_step = {config.prompts_per_step}: {self.ranks.size} processes with minibatches = "
+                f"{settings.minibatches} share them; use at least {self.ranks.size * settings.minibatches}"
+            )
+        self.gatherer = Gatherer(self.players, Sampler(task.reward, config.drawing, self.ranks), settings, config.rows)
         self.order = PromptOrder(task.prompts, config.prompts_per_step, config.seed)
         counts = Counter(prompt.group for prompt in task.prompts)
         self.reducer = GroupReducer(settings.group_weights, counts)
@@ -104,9 +117,9 @@ class _Training:
             done = self.report.steps = step + 1
             if self.config.eval_steps and (done % self.config.eval_steps == 0 or done == self.config.steps):
                 self._evaluate(done)
-            if self.config.save_steps and done % self.config.save_steps == 0:
+            if self.config.save_steps and done % self.config.save_steps == 0 and self.ranks.is_first:
                 save_state(self.work, done, self.players, self.optimizer, self._state())
-            if on_progress is not None:
+            if on_progress is not None and self.ranks.is_first:
                 on_progress(done, self.config.steps)
         self.report.unscored = dict(self.unscored)
         return self.report
@@ -140,13 +153,14 @@ class _Training:
         how = "token" if config.method.method in ("ppo", "remax") else config.method.aggregation
         divisor = divisor_of(how, found.mask[rows][found.is_usable[rows]], config.drawing.max_new_tokens)
         group_ids = self.reducer.ids_of(found.rollout.groups).to(rows.device)
-        for part in torch.split(prompts, max(1, config.rows // n)):
+        for part in torch.split(self.ranks.own(prompts), max(1, config.rows // n)):
             lesson = Lesson(found, part, divisor)
             losses = lesson_losses(lesson, self.players, config.method, config.drawing.temperature)
             ids = group_ids[lesson.rows]
             sums.add(losses, ids)
             share = len(ids) / max(n_usable, 1)
             (self.reducer.reduce(losses.per_sample, ids) * share).backward()  # type: ignore[no-untyped-call]
+        self.ranks.add_gradients(self.players.trained().values())
         norm = float(nn.utils.clip_grad_norm_(list(self.players.trained().values()), config.max_grad_norm))
         if not math.isfinite(norm):
             raise DivergedError(f"the gradient is {norm} at step {self.report.steps}; lower learning_rate")
@@ -208,7 +222,7 @@ class _Training:
         self.report.warnings += [one for one in self.evaluation.alarms() if one not in self.report.warnings]
 
     def _keep(self, step: int, sums: GroupSums, extra: dict[str, float]) -> None:
-        figures: Figures = {ALL: {}} if sums.is_empty else sums.figures(lambda values: values)
+        figures: Figures = {ALL: {}} if sums.is_empty else sums.figures(self.ranks.added)
         loss = figures[ALL].get("loss", 0.0)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step}; lower learning_rate")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.alignment.collate import Batch, moved, padded
+from runtime.alignment.online.ranks import Ranks
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.s3d.rounds import S3DDecoding
@@ -78,8 +79,8 @@ class Rollout:
 class Sampler:
     """Draws and scores."""
 
-    def __init__(self, reward: Reward, drawing: Drawing) -> None:
-        self.reward, self.drawing = reward, drawing
+    def __init__(self, reward: Reward, drawing: Drawing, ranks: Ranks | None = None) -> None:
+        self.reward, self.drawing, self.ranks = reward, drawing, ranks or Ranks()
 
     def draw(self, policy: LoadedModel, prompts: Sequence[Prompt], n: int, turn: str, greedy: bool = False) -> Rollout:
         """n answers to each prompt by the policy's present weights; `turn` names the noise."""
@@ -93,9 +94,11 @@ class Sampler:
         engine = Engine(
             policy, sampling, CutSchedule(), None, max(drawing.max_rows, n), drawing.prompt_format, s3d=drawing.s3d
         )
-        answers = [answer for each in engine.generate(prompts) for answer in each]
+        mine = self.ranks.own(prompts)
+        drawn = [answer for each in engine.generate(mine) for answer in each]
+        found = self._scores([prompt for prompt in mine for _ in range(n)], drawn)
+        answers, scores = self.ranks.joined(drawn), self.ranks.joined(found)
         rows = [prompt for prompt in prompts for _ in range(n)]
-        scores = self._scores(rows, answers)
         device = policy.model.device
         return Rollout(
             prompts,

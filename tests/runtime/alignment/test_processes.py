@@ -59,3 +59,19 @@ def test_losses_and_gradients_of_a_sharded_model_are_those_of_the_whole_one(
     assert [name for name, *_ in found] == ["dpo", "tdpo2", "orpo", "reward"]
     for name, difference, largest in found:
         assert float(difference) < 1e-5 < 1e-2 < float(largest), name
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_learn_as_one(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    methods = ("grpo", "ppo", "remax", "jbond", "bond")
+    _run(1, "aligned", str(tiny_policy_dir), str(tmp_path / "one"), *methods)
+    _run(2, "aligned", str(tiny_policy_dir), str(tmp_path / "two"), *methods)
+    for method in methods:
+        one, two = tmp_path / "one" / method, tmp_path / "two" / method
+        assert largest_difference(one, two) < 1e-5, method
+        first, second = (json.loads((run / "report.json").read_text()) for run in (one, two))
+        assert first["n_tokens"] == second["n_tokens"] > 100
+        assert first["shown"] == [s | {"reward": pytest.approx(s["reward"])} for s in second["shown"]]
+        for a, b in zip(first["points"], second["points"], strict=True):
+            assert a == b | {"value": pytest.approx(b["value"], abs=1e-4, rel=1e-3)}, method
+        assert (two / "work" / "checkpoint-2").is_dir()
