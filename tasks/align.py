@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -13,7 +13,9 @@ from pydantic import JsonValue
 from storage.lake import DatasetRef, Lake
 from storage.scratch import scratch
 from storage.writer import Shard
+from tasks.align_trl import check_trl, train_by_trl
 from tasks.artifacts import Cell, progress, show_stage
+from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
 from tasks.evaluate import truth_rule
 from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
@@ -25,6 +27,7 @@ from tasks.versions import Step, pin
 if TYPE_CHECKING:
     from runtime.alignment.online.loop import Task
     from runtime.alignment.online.training import OnlineConfig, OnlineReport
+    from runtime.decoding.s3d.rounds import S3DDecoding
 
 SHOWN_FILE = "answers.jsonl"
 METHOD_FIELDS = (
@@ -56,6 +59,9 @@ def prepare(config: AlignConfig, lake: Lake) -> Step:
     """The step, with its prompts, policy and reward pinned."""
     inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
     models = {"model": model_identity(config.model, "policy", lake), "reward": reward_identity(config, lake)}
+    if config.s3d != "off":
+        models["s3d_adapter"] = adapter_identity(config, lake)
+    check_trl(config)
     online_config(config)  # what cannot work is said now
     return Step("align", "models", config.name, config.model_copy(update=inputs), inputs, models)
 
@@ -77,7 +83,9 @@ def align(step: Step, lake_root: str) -> DatasetRef:
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
         places = Places(work / "model", work / "checkpoints")
-        report = train_online(policy, work_on, online_config(config), places, progress(f"{step.name} align"))
+        online = with_drafts(online_config(config), open_s3d(config, policy, lake))
+        train = train_by_trl if config.backend == "trl" else train_online
+        report = train(policy, work_on, online, places, progress(f"{step.name} align"))
         _write_shown(report, work / "answers")
         writer = step.writer(lake)
         writer.add_tree(places.output, "model")
@@ -108,6 +116,11 @@ def online_config(config: AlignConfig) -> "OnlineConfig":
     lora = LoraSettings(config.lora_rank, config.lora_alpha) if config.lora else None
     own = set(OnlineConfig.__dataclass_fields__) - {"method", "drawing", "lora"}
     return OnlineConfig(method=method, drawing=drawing, lora=lora, **config.model_dump(include=own))
+
+
+def with_drafts(config: "OnlineConfig", s3d: "S3DDecoding | None") -> "OnlineConfig":
+    """Answers are drafted by the policy's own layers; they are the same without."""
+    return replace(config, drawing=replace(config.drawing, s3d=s3d))
 
 
 def _task(step: Step, config: AlignConfig, lake: Lake) -> "Task":

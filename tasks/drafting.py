@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from storage.lake import Lake
 from tasks.errors import ConfigError
 from tasks.settings import GenerateConfig
+from tasks.settings_drafting import DraftingConfig
 from tasks.versions import pin
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class DraftingPlan:
     forecasts: "tuple[Forecast, ...]"
 
 
-def adapter_identity(config: GenerateConfig, lake: Lake) -> str:
+def adapter_identity(config: DraftingConfig, lake: Lake) -> str:
     """What an adapter adds to a fingerprint: its version in the lake, or the hash of its files."""
     if config.s3d_adapter.startswith("models/"):
         return pin(lake, config.s3d_adapter, "models/x")
@@ -47,7 +48,7 @@ def adapter_identity(config: GenerateConfig, lake: Lake) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def open_s3d(config: GenerateConfig, policy: "LoadedModel", lake: Lake) -> "S3DDecoding | None":
+def open_s3d(config: DraftingConfig, policy: "LoadedModel", lake: Lake) -> "S3DDecoding | None":
     """How to decode with the policy's adapter; None without S3D."""
     if config.s3d == "off":
         return None

@@ -19,6 +19,7 @@ from tasks.settings_base import PromptFormat as PromptFormat
 from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_compare import MethodsConfig as MethodsConfig
+from tasks.settings_drafting import S3D, S3D_ADAPTER
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 from tasks.settings_iterate import IterateConfig as IterateConfig
@@ -147,16 +148,8 @@ class GenerateConfig(RewardConfig):
     server_extra: list[str] = Field(
         [], title="Further fields", description="Sent with every request: key=JSON, such as top_k=50 (server)"
     )
-    s3d: str = Field(
-        "off",
-        title="S3D",
-        description="Self-speculative decoding, which changes no candidate: off; auto: draft as many tokens as pay; "
-        "or a number of tokens to draft always",
-        pattern=r"^(off|auto|[0-9]|1[0-6])$",
-    )
-    s3d_adapter: str = Field(
-        STARTER, title="S3D adapter", description="Folder, models/NAME or starter, made for the policy (s3d)"
-    )
+    s3d: str = S3D
+    s3d_adapter: str = S3D_ADAPTER
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 
     @model_validator(mode="after")

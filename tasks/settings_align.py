@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.settings_base import STARTER
+from tasks.settings_drafting import S3D, S3D_ADAPTER
 from tasks.settings_reward import RewardConfig
 
 
@@ -88,6 +89,11 @@ class AlignConfig(RewardConfig):
         "none", title="Cut policy", description="Must be none: cuts would choose which answers are learnt from"
     )
     max_rows: int = Field(128, title="Rows", description="Answers decoded together", ge=1)
+    s3d: str = S3D
+    s3d_adapter: str = S3D_ADAPTER
+    backend: Literal["winnow", "trl"] = Field(
+        "winnow", title="Backend", description="trl: TRL's GRPOTrainer with these prompts and rewards (grpo)"
+    )
     rows: int = Field(64, title="Training rows", description="Answers per forward pass; memory only", ge=1)
     lora: bool = Field(False, title="LoRA", description="Train low-rank adapters and merge them at the end")
     lora_rank: int = Field(16, title="LoRA rank", description="Width of the adapters", ge=1)

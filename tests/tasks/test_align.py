@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from runtime.models import load_policy
 from storage.lake import DatasetRef, Lake
@@ -103,3 +105,12 @@ def test_a_constant_reward_ends_the_training_with_one_line(config: PipelineConfi
     settings = _settings(config, reward_function="tests.tasks.test_chain:constant", steps=9)
     with pytest.raises(InputError, match="the reward was 1 for every answer of 5 steps"):
         align.align.fn(align.prepare(settings, lake), lake.root)
+
+
+@pytest.mark.parametrize("changes", [{"method": "jbond", "samples": None}, {"lora": True}])
+def test_drafting_changes_no_bit_of_what_is_learnt(changes: dict[str, Any], config: PipelineConfig, lake: Lake) -> None:
+    settings = {"model": "starter", "eval_steps": 0, "prompts_per_step": 2, **changes}
+    plain, drafted = (_run(_settings(config, s3d=s3d, **settings), lake) for s3d in ("off", "4"))
+    assert plain.version != drafted.version
+    first, second = (load_file(lake.folder(ref, "model") / "model.safetensors") for ref in (plain, drafted))
+    assert all(torch.equal(first[name], second[name]) for name in first)
