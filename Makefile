@@ -5,6 +5,8 @@ RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The server's address, for `make server` here and for the demo that should show up there.
 PREFECT_PORT ?= 4200
+# Processes that share the tests, file by file; each computes with one thread.
+WORKERS ?= 2
 
 .PHONY: setup ceph demo test test-slow lint format bench server clean
 
@@ -26,7 +28,7 @@ demo: setup
 	$(RUN)/winnow demo
 
 test: setup
-	$(RUN)/python -m pytest -m "not slow and not gpu"
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
 	$(RUN)/python -m pytest -m "slow and not gpu"
