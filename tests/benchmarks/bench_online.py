@@ -2,7 +2,7 @@
 
     PYTHONPATH=. .venv/bin/python tests/benchmarks/bench_online.py [--methods grpo jbond] [--arm-seeds 0 1 2]
 
-Every method draws about 3,840 answers, a training's own anchors and baselines included, and learns from the shipped
+Every method draws about 2,560 answers, a training's own anchors and baselines included, and learns from the shipped
 reward model. The same held-out prompts are answered with the same noise as it goes on; the true rule says which of
 those answers are right, and nothing learns from it. Writes bench-results/online.json and, with --plot FILE, the curves.
 """
@@ -45,9 +45,9 @@ from runtime.starter.rule import truth
 
 CUTS = CutSchedule((10, 24), (0.5, 0.5))
 DRAWING = Drawing(max_new_tokens=96, max_rows=128)
-N_PROMPTS, N_HELD_OUT, EVAL_SAMPLES, LOOKS = 2000, 100, 4, 3
+N_PROMPTS, N_HELD_OUT, EVAL_SAMPLES, LOOKS = 2000, 100, 4, 2
 METRICS = ("truth", "reward", "kl", "tokens")
-STEPS = 30
+STEPS = 20
 # Per method: prompts per step so that a step draws 128 answers (jbond 144: one and two anchors to each of 48 prompts).
 ON_POLICY: dict[str, tuple[OnlineSettings, int]] = {
     "grpo": (OnlineSettings("grpo", samples=8), 16),
@@ -56,7 +56,7 @@ ON_POLICY: dict[str, tuple[OnlineSettings, int]] = {
     "remax": (OnlineSettings("remax", kl_coef=0.02), 64),
     "jbond": (OnlineSettings("jbond"), 48),
 }
-ROUNDS, ROUND_PROMPTS, N_CANDIDATES = 4, 60, 16
+ROUNDS, ROUND_PROMPTS, N_CANDIDATES = 2, 80, 16
 DISTIL = OfflineConfig(LossSettings("sft"), learning_rate=4e-4, epochs=3, batch_size=16, max_length=256)
 
 
