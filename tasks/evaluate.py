@@ -21,7 +21,7 @@ from tasks.models import (
     use_threads,
 )
 from tasks.pictures import show_picture
-from tasks.retries import retry_unless_user_error
+from tasks.retries import RETRIES
 from tasks.rows import add_score, candidates_table, prompts_of, rows_of, scores_of
 from tasks.score import scored_table
 from tasks.settings import EvaluateConfig
@@ -49,7 +49,7 @@ def prepare(config: EvaluateConfig, lake: Lake) -> Step:
     return Step("evaluate", "candidates", f"{config.name}-evaluation", pinned, inputs, models)
 
 
-@task(name="answer-heldout", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
+@task(name="answer-heldout", persist_result=False, **RETRIES)
 def answer(step: Step, lake_root: str, which: Which) -> int:
     """Answers of one model, scored and judged; the number of answers."""
     from runtime.decoding.engine import Engine
@@ -69,7 +69,7 @@ def answer(step: Step, lake_root: str, which: Which) -> int:
         n=config.samples, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
     engine = Engine(policy, sampling, CutSchedule(), None, config.max_rows, config.prompt_format)
-    answers = list(engine.generate(prompts_of(prompts), progress(f"{step.name} {which}")))
+    answers = list(engine.generate(prompts_of(prompts), progress(f"{step.name} {which}", "prompts")))
     table = candidates_table(prompts_of(prompts), answers, f"{source}@{policy.content_hash[:12]}", config.seed)
     scored = scored_table(table, prompts, config, lake)
     writer.write(shard, _judged(scored, prompts, config))
