@@ -61,7 +61,7 @@ class ShownProgress:
     def __init__(self, label: str, unit: str, clock: Callable[[], float]) -> None:
         self.label, self.unit, self.clock = label, unit, clock
         self.started = self.shown_at = clock()
-        self.percent = self.tokens = 0
+        self.percent = self.tokens = self.done = self.total = 0
         self.artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if in_run() else None
 
     def __call__(self, done: int, total: int) -> None:
@@ -72,16 +72,20 @@ class ShownProgress:
         self.percent = percent
         for display in _displays:
             display(self.label, done, total)
-        now = self.clock()
-        if self.artifact_id is not None and (now - self.shown_at >= 1 or done >= total):
-            self.shown_at = now
-            update_progress_artifact(
-                cast(UUID, self.artifact_id), float(percent), description=self.text(done, total, now - self.started)
-            )
+        self.done, self.total = done, total
+        if self.clock() - self.shown_at >= 1 or done >= total:
+            self.show()
 
     def count(self, tokens: int) -> None:
         """So many tokens more were decoded."""
         self.tokens += tokens
+
+    def show(self) -> None:
+        """Bring the artifact up to date."""
+        self.shown_at = self.clock()
+        if self.artifact_id is not None:
+            text = self.text(self.done, self.total, self.shown_at - self.started)
+            update_progress_artifact(cast(UUID, self.artifact_id), float(self.percent), description=text)
 
     def text(self, done: int, total: int, seconds: float) -> str:
         """What the artifact says beside its percentage."""

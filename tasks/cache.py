@@ -4,14 +4,18 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
 from storage.lake import DatasetRef, Lake
+from tasks.errors import ConfigError
 from tasks.logs import log_event
 from tasks.plan import steps
 from tasks.settings import ChainConfig
 from tasks.versions import Step
 
+MOST_STARTS = 5
+
 
 def published(step: Step, lake_root: str) -> DatasetRef | None:
     """The step's result when the lake has it, else None; either is logged, and the run is named after it."""
+    check_starts()
     ref = step.published(Lake.open(lake_root))
     name_run(f"{step.stage} {step.name}@{step.version}")
     log_event("in-the-lake" if ref else "will-be-made", stage=step.stage, version=step.ref_text)
@@ -20,6 +24,7 @@ def published(step: Step, lake_root: str) -> DatasetRef | None:
 
 def published_chain(config: ChainConfig, lake_root: str) -> dict[str, DatasetRef] | None:
     """All results of a pipeline when the lake has every one of them: nothing is left to run."""
+    check_starts()
     lake = Lake.open(lake_root)
     chain = steps(config, lake)
     name_run(f"pipeline {config.name}@{chain['export'].version}")
@@ -28,6 +33,17 @@ def published_chain(config: ChainConfig, lake_root: str) -> dict[str, DatasetRef
         return None
     log_event("in-the-lake", stage="pipeline", version=chain["export"].ref_text)
     return {stage: ref for stage, ref in found.items() if ref is not None}
+
+
+def check_starts() -> None:
+    """ConfigError for a run that has crashed each time it was started: the next time would be no better."""
+    context = FlowRunContext.get()
+    n_starts = context.flow_run.run_count if context is not None and context.flow_run is not None else 0
+    if n_starts > MOST_STARTS:
+        raise ConfigError(
+            f"this run crashed {MOST_STARTS} times, the worker with it; give the worker more memory or the stage "
+            "smaller shards, then start a new run"
+        )
 
 
 def name_run(name: str) -> None:

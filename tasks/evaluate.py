@@ -1,9 +1,11 @@
 """The same held-out prompts answered by the model before and after: truth, reward and length, per group."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
@@ -82,13 +84,18 @@ def compare(step: Step, lake_root: str) -> DatasetRef:
     lake = Lake.open(lake_root)
     writer = step.writer(lake)
     metrics: list[dict[str, object]] = []
+    counted: Counter[str] = Counter()
     for which in MODELS:
         answers = writer.find(Shard("candidates", which, 0, 1))
         assert answers is not None, which
         metrics += measure(which, answers)
+        counted["tokens_decoded"] += int(pc.sum(answers["n_tokens"]).as_py() or 0)
+        counted["reward_calls"] += answers.num_rows - int(pc.sum(pc.equal(answers["status"], "error")).as_py() or 0)
+        counted["prompts"] = int(pc.count_distinct(answers["prompt_id"]).as_py())
     writer.write(Shard("metrics", "test", 0, 1), to_table("metrics", metrics))
     table = comparison(metrics)
     stats: dict[str, JsonValue] = {"groups": cast(JsonValue, table), "worst_group": cast(JsonValue, worst(table))}
+    stats |= counted
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, {"worst group": stats["worst_group"]}, table)
     show_picture(lake, ref)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
@@ -104,6 +105,7 @@ def drawn(
     for candidates in engine.generate(prompts, shown):
         shown.count(sum(candidate.n_tokens for candidate in candidates))
         answers.append(candidates)
+    shown.show()
     return answers
 
 
@@ -173,6 +175,8 @@ def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cel
     the same prompt, and so the saving is called an estimate.
     """
     columns = table.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
+    for row, n_scored in zip(columns, pc.list_value_length(table["cuts"]).to_pylist(), strict=True):
+        row["n_scored"] = n_scored or 0
     finished: dict[str, list[int]] = {}
     for row in columns:
         if row["finish_reason"] in FINISHED:
@@ -198,6 +202,7 @@ def _totals(rows: list[Mapping[str, object]], expected: Mapping[str, float]) -> 
         "cut": sum(row["finish_reason"] == "cut" for row in rows),
         "length": sum(row["finish_reason"] == "length" for row in rows),
         "errors": sum(row["status"] == "error" for row in rows),
+        "reward_calls": sum(cast(int, row["n_scored"]) for row in rows),
         "tokens_decoded": decoded,
         "tokens_saved_estimate": round(saved),
         "share_saved_estimate": round(saved / (saved + decoded), 4) if decoded else 0.0,

@@ -20,7 +20,7 @@ def run_logger() -> Logger:
 
 
 def log_event(event: str, **fields: str | int | float | None) -> None:
-    """One line `event key=value ...`; a JSON formatter (infra/logging.yaml) shows the fields under `winnow`."""
+    """One line `event key=value ...`; Prefect's JSON formatter shows the fields under `winnow`."""
     known = {key: value for key, value in fields.items() if value is not None}
     text = " ".join(f"{key}={value}" for key, value in known.items())
     run_logger().info("%s %s", event, text, extra={"winnow": {"event": event, **known}})

@@ -67,7 +67,7 @@ def test_deploying_twice_leaves_one_of_each(server: Server, server_lake: Path) -
     assert (
         sorted(one["name"] for one in automations)
         == told["automations"]
-        == sorted(["winnow: endless runs", "winnow: zombie runs"])
+        == sorted(["winnow: endless runs", "winnow: restart crashed runs", "winnow: zombie runs"])
     )
 
 
