@@ -288,7 +288,7 @@ def _stage_config(config: PipelineConfig, stage: str) -> StageConfig:
 
 def _spread(config: PipelineConfig, stage: str) -> dict[str, ExecutionConfig]:
     """How the stage is spread out, for those that can be."""
-    return {"execution": config.execution} if stage in ("generate", "score", "finetune") else {}
+    return {"execution": config.execution} if stage in ("generate", "score") else {}
 
 
 def _flow(stage: str) -> "Flow[..., DatasetRef]":

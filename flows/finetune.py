@@ -6,17 +6,15 @@ from storage.lake import DatasetRef, Lake
 from tasks import finetune as steps
 from tasks.cache import published
 from tasks.settings import FinetuneConfig
-from tasks.settings_execution import HERE, ExecutionConfig
 
 
 @flow(name="finetune", flow_run_name="finetune-{config.name}", persist_result=False)
-def finetune(config: FinetuneConfig, lake: str, execution: ExecutionConfig = HERE) -> DatasetRef:
+def finetune(config: FinetuneConfig, lake: str) -> DatasetRef:
     """Train the policy on the pairs and publish the model.
 
     Args:
         config: method and training settings
         lake: the lake, a folder or s3://BUCKET/PREFIX
-        execution: on how many processes; changes no result
     """
     step = steps.prepare(config, Lake.open(lake))
-    return published(step, lake) or steps.finetune(step, lake, execution)
+    return published(step, lake) or steps.finetune(step, lake)

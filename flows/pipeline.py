@@ -36,7 +36,7 @@ def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) 
     training = config.stage(config.finetune, preferences=str(pairs))
     if execution.approve_training:
         wait_for_approval(training, lake)
-    model = finetune(training, lake, execution)
+    model = finetune(training, lake)
     models = {"before": config.finetune.model, "after": str(model)}
     evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
     bundle = export(config.stage(config.export, model=str(model)), lake)

@@ -19,7 +19,6 @@ from tasks.models import model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of, training_table
 from tasks.settings import FinetuneConfig
-from tasks.settings_execution import HERE, ExecutionConfig
 from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
 
@@ -46,7 +45,7 @@ def prepare(config: FinetuneConfig, lake: Lake) -> Step:
 
 
 @task(name="finetune", persist_result=False)
-def finetune(step: Step, lake_root: str, execution: ExecutionConfig = HERE) -> DatasetRef:
+def finetune(step: Step, lake_root: str) -> DatasetRef:
     """Train and publish the model with its training log."""
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, FinetuneConfig)
@@ -55,8 +54,8 @@ def finetune(step: Step, lake_root: str, execution: ExecutionConfig = HERE) -> D
     shown = progress(f"{step.name} finetune")
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
-        if execution.training_processes > 1:
-            report = train_together(step, lake_root, work, execution.training_processes, shown)
+        if config.processes > 1:
+            report = train_together(step, lake_root, work, shown)
         else:
             report = train(step, rows, lake, work, shown)
         writer = step.writer(lake)

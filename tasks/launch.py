@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tasks.errors import ConfigError
 from tasks.settings import FinetuneConfig
@@ -24,24 +24,25 @@ PROGRESS = "winnow-progress "
 _PR_SET_PDEATHSIG = 1
 
 
-def train_together(step: Step, lake_root: str, work: Path, processes: int, on_progress: "Progress") -> "TrainingReport":
-    """Train in so many processes, each on its part of every batch; the model is in `work`, as from one process."""
+def train_together(step: Step, lake_root: str, work: Path, on_progress: "Progress") -> "TrainingReport":
+    """Train in as many processes as configured, each on its part of every batch; the model ends in `work`.
+
+    Up to rounding it is that of one process, but for the last batch of an epoch: where the pairs do not fill it, the
+    processes see some of them twice.
+    """
     config = step.config
     assert isinstance(config, FinetuneConfig)
-    if config.batch_size % processes:
-        raise ConfigError(
-            f"training_processes = {processes} cannot share finetune.batch_size = {config.batch_size} evenly; "
-            f"make it a multiple of {processes}"
-        )
     for name in (REPORT, MISTAKE):
         (work / name).unlink(missing_ok=True)
-    order = {"step": _plain(step), "lake": lake_root, "work": str(work), "processes": processes}
+    order = {"step": _plain(step), "lake": lake_root, "work": str(work)}
     (work / ORDER).write_text(json.dumps(order))
-    code = _run(work, processes, on_progress, is_cpu=config.device == "cpu")
+    code = _run(work, config.processes, on_progress, is_cpu=config.device == "cpu")
     if (work / MISTAKE).exists():
         raise ConfigError((work / MISTAKE).read_text())
     if code or not (work / REPORT).exists():
-        raise RuntimeError(f"training in {processes} processes ended with code {code}: {_last_lines(work / LOG)}")
+        raise RuntimeError(
+            f"training in {config.processes} processes ended with code {code}: {_last_lines(work / LOG)}"
+        )
     return read_report(work)
 
 
@@ -65,7 +66,7 @@ def read_order(work: Path) -> tuple[Step, str]:
     order = json.loads((work / ORDER).read_text())
     values = order["step"]
     config = FinetuneConfig.model_validate(values.pop("config"))
-    share = config.model_copy(update={"batch_size": config.batch_size // order["processes"]})
+    share = config.model_copy(update={"batch_size": config.batch_size // config.processes})
     return Step(config=share, **values), order["lake"]
 
 
@@ -88,19 +89,23 @@ def _run(work: Path, processes: int, on_progress: "Progress", is_cpu: bool) -> i
         process = subprocess.Popen(
             command, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=_end_with_parent()
         )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(PROGRESS):
-                    done, total = line.removeprefix(PROGRESS).split()
-                    on_progress(int(done), int(total))
-                else:
-                    log.write(line)
-            return process.wait()
-        finally:
-            if process.poll() is None:  # a cancelled run
-                process.terminate()
-                process.wait(timeout=30)
+        with process:
+            try:
+                _relay(process, on_progress, log)
+                return process.wait()
+            finally:
+                if process.poll() is None:  # a cancelled run
+                    process.terminate()
+
+
+def _relay(process: "subprocess.Popen[str]", on_progress: "Progress", log: TextIO) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(PROGRESS):
+            done, total = line.removeprefix(PROGRESS).split()
+            on_progress(int(done), int(total))
+        else:
+            log.write(line)
 
 
 def _end_with_parent() -> Callable[[], object]:

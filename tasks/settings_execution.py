@@ -28,13 +28,6 @@ class ExecutionConfig(BaseModel):
         description="Of each machine, such as 0 and 1. Every worker process gets one for itself "
         "(CUDA_VISIBLE_DEVICES); empty: all workers see all",
     )
-    training_processes: int = Field(
-        1,
-        title="Training processes",
-        description="Processes that fine-tune together (accelerate), each on its part of every batch",
-        ge=1,
-        le=1024,
-    )
     approve_training: bool = Field(
         False,
         title="Ask before training",
