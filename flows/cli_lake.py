@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import JsonValue
 
 from flows.cli_options import DEFAULT_LAKE, JsonOption, LakeOption, cell, emit, output, table
-from storage.lake import Lake
+from storage.lake import Lake, Manifest
 
 FIRST_ROWS = 3
 MAIN_TABLES = ("preferences", "candidates", "prompts")
@@ -18,6 +19,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("catalog")(catalog)
     app.command("datasets")(datasets)
     app.command("show")(show)
+    app.command("runs")(runs)
 
 
 def catalog(
@@ -51,6 +53,38 @@ def datasets(lake: LakeOption = DEFAULT_LAKE, as_json: JsonOption = False) -> No
         for m in manifests
     ]
     output().print(table(["version", "stage", "made (UTC)", "rows"], rows))
+
+
+def runs(
+    last: Annotated[int, typer.Option(min=1, help="So many, the latest ones.")] = 20,
+    stage: Annotated[str | None, typer.Option(help="Of one stage only, such as generate.")] = None,
+    lake: LakeOption = DEFAULT_LAKE,
+    as_json: JsonOption = False,
+) -> None:
+    """What was made when, and what it took: the view `runs`, latest last."""
+    from storage.summary import COUNTERS, counters
+
+    made = [m for m in Lake.open(lake).manifests() if stage in (None, m.stage)][-last:]
+    if as_json:
+        emit({"runs": [_run(m) | {"inputs": m.inputs} for m in made]})
+        return
+    if not made:
+        output().print(f"no runs{f' of {stage}' if stage else ''} in {lake} yet; see `winnow datasets`")
+        return
+    columns = ["made (UTC)", "stage", "version", *(name.replace("_", " ") for name in COUNTERS), "seconds"]
+    rows = [(f"{m.created_at:%Y-%m-%d %H:%M}", m.stage, m.label, *counters(m).values(), _seconds(m)) for m in made]
+    output().print(table(columns, rows))
+
+
+def _run(manifest: Manifest) -> dict[str, object]:
+    from storage.summary import counters
+
+    place = {"made_at": manifest.created_at, "stage": manifest.stage, "ref": manifest.label}
+    return place | counters(manifest) | {"seconds": _seconds(manifest)}
+
+
+def _seconds(manifest: Manifest) -> JsonValue:
+    return manifest.stats.get("seconds")
 
 
 def show(

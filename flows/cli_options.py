@@ -1,6 +1,7 @@
 """Options that several commands share, and how results and errors are written."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,10 @@ def overrides(values: Sequence[str], name: str | None) -> list[str]:
 
 def output() -> Console:
     """Results go here."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = sys.stdout.isatty()
+    # A file or a pipe has no width to fold at.
+    width = None if is_terminal or "COLUMNS" in os.environ else 240
+    return Console(highlight=False, soft_wrap=not is_terminal, width=width)
 
 
 def messages() -> Console:

@@ -26,7 +26,7 @@ from flows.cli_options import (
 )
 from flows.config import load_config
 from storage.lake import DatasetRef, Lake
-from tasks.settings import PipelineConfig, StageConfig
+from tasks.settings import ExecutionConfig, PipelineConfig, StageConfig
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -217,7 +217,7 @@ def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict
     opened = Lake.open(lake)
     cached = {stage: step.published(opened) is not None for stage, step in steps(config, opened).items()}
     with progress_bars():
-        return pipeline(config, opened.root), cached
+        return pipeline(config.chain(), opened.root, config.execution), cached
 
 
 @contextmanager
@@ -264,7 +264,7 @@ def _run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, ver
     prepare_prefect(verbose)
     root = Lake.open(lake).root
     with progress_bars():
-        ref = _flow(stage)(_stage_config(config, stage), root)
+        ref = _flow(stage)(_stage_config(config, stage), root, **_spread(config, stage))
     described = _described(ref, lake)
     if as_json:
         emit(described)
@@ -284,6 +284,11 @@ def _stage_config(config: PipelineConfig, stage: str) -> StageConfig:
         return config.stage(config.calibrate.model_copy(update={"generate": config.generate}))
     found: StageConfig = getattr(config, stage)
     return config.stage(found)
+
+
+def _spread(config: PipelineConfig, stage: str) -> dict[str, ExecutionConfig]:
+    """How the stage is spread out, for those that can be."""
+    return {"execution": config.execution} if stage in ("generate", "score") else {}
 
 
 def _flow(stage: str) -> "Flow[..., DatasetRef]":

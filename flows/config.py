@@ -14,7 +14,7 @@ from tasks.settings import PipelineConfig
 ENVIRONMENT_PREFIX = "WINNOW_"
 # What people write for a section whose name is a word of Python's.
 SECTIONS = {"import": "import_preferences"}
-NOT_CONFIG = ("WINNOW_LAKE", "WINNOW_FUNCTIONS")  # read elsewhere
+NOT_CONFIG = ("WINNOW_LAKE", "WINNOW_FUNCTIONS", "WINNOW_FOLDER", "WINNOW_VERSION")  # read elsewhere
 
 
 def load_config(

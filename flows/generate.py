@@ -5,22 +5,24 @@ from prefect import flow
 from storage.lake import DatasetRef, Lake
 from tasks import generate as steps
 from tasks.cache import published
+from tasks.runners import run_shards
 from tasks.settings import GenerateConfig
+from tasks.settings_execution import HERE, ExecutionConfig
 
 
 @flow(name="generate", flow_run_name="generate-{config.name}", persist_result=False)
-def generate(config: GenerateConfig, lake: str) -> DatasetRef:
+def generate(config: GenerateConfig, lake: str, execution: ExecutionConfig = HERE) -> DatasetRef:
     """Draw N candidates per prompt, one task per shard.
 
     Args:
         config: the policy, its sampling and the cuts
         lake: the lake, a folder or s3://BUCKET/PREFIX
+        execution: on how many workers; changes no result
     """
     step = steps.prepare(config, Lake.open(lake))
     found = published(step, lake)
     if found:
         return found
     count = steps.count_shards(step, lake)
-    for index in range(count):
-        steps.generate_shard(step, lake, index, count)
+    run_shards(steps.generate_shard, step, lake, count, execution)
     return steps.publish(step, lake, count)

@@ -10,24 +10,33 @@ from flows.generate import generate
 from flows.ingest import ingest
 from flows.score import score
 from storage.lake import DatasetRef
+from tasks.approval import wait_for_approval
+from tasks.cache import published_chain
 from tasks.plan import check_connections
-from tasks.settings import PipelineConfig
+from tasks.settings import ChainConfig
+from tasks.settings_execution import HERE, ExecutionConfig
 
 
 @flow(name="pipeline", flow_run_name="pipeline-{config.name}", persist_result=False)
-def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
+def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) -> dict[str, DatasetRef]:
     """Prompts to a fine-tuned, evaluated and exported model; stages that are in the lake already are not run.
 
     Args:
         config: all stages
         lake: the lake, a folder or s3://BUCKET/PREFIX
+        execution: on how many workers; changes no result
     """
     check_connections(config)
+    if found := published_chain(config, lake):
+        return found
     prompts = ingest(config.stage(config.ingest), lake)
-    candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake)
-    scored = score(config.stage(config.score, candidates=str(candidates)), lake)
+    candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake, execution)
+    scored = score(config.stage(config.score, candidates=str(candidates)), lake, execution)
     pairs = assemble(config.stage(config.assemble, candidates=str(scored)), lake)
-    model = finetune(config.stage(config.finetune, preferences=str(pairs)), lake)
+    training = config.stage(config.finetune, preferences=str(pairs))
+    if execution.approve_training:
+        wait_for_approval(training, lake)
+    model = finetune(training, lake)
     models = {"before": config.finetune.model, "after": str(model)}
     evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
     bundle = export(config.stage(config.export, model=str(model)), lake)

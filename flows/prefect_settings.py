@@ -26,16 +26,41 @@ def prepare_prefect(verbose: bool) -> None:
     _check_server()
 
 
-def _check_server() -> None:
-    import httpx
+def need_server() -> str:
+    """The address of the server that is configured; ConfigError when there is none."""
+    prepare_prefect(verbose=True)
     from prefect.settings import get_current_settings
 
     url = get_current_settings().api.url
     if not url:
+        raise ConfigError(
+            "this needs a Prefect server: start one (`make server`), then set PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    return url
+
+
+def _check_server() -> None:
+    import httpx
+    from prefect.settings import get_current_settings
+
+    api = get_current_settings().api
+    if not api.url:
         return
+    user, _, password = api.auth_string.get_secret_value().partition(":") if api.auth_string else ("", "", "")
     try:
-        httpx.get(f"{url.rstrip('/')}/health", timeout=10).raise_for_status()
+        # Not /health, which answers whoever asks.
+        url = f"{api.url.rstrip('/')}/admin/version"
+        httpx.get(url, timeout=10, auth=(user, password) if api.auth_string else None).raise_for_status()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in (401, 403):
+            given = "is refused" if api.auth_string else "is not set"
+            raise ConfigError(
+                f'PREFECT_API_URL = "{api.url}": PREFECT_API_AUTH_STRING {given}; set USER:PASSWORD'
+            ) from error
+        raise ConfigError(
+            f'PREFECT_API_URL = "{api.url}" answers {error.response.status_code}; check the address'
+        ) from error
     except httpx.HTTPError as error:
         raise ConfigError(
-            f'PREFECT_API_URL = "{url}" does not answer ({type(error).__name__}); start `make server` or unset it'
+            f'PREFECT_API_URL = "{api.url}" does not answer ({type(error).__name__}); start `make server` or unset it'
         ) from error

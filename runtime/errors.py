@@ -2,6 +2,7 @@
 
 WinnowError
 ├── ConfigError        a setting that cannot work (candidates above max_rows, top_p of 0)
+│   └── UnreachableError  a server that does not answer; another attempt may succeed
 ├── InputError         a row that cannot be used
 │   └── PromptTooLong  prompt + max_new_tokens above the model's context
 └── ModelError         a model folder or architecture that cannot be used
@@ -15,6 +16,10 @@ class WinnowError(Exception):
 
 class ConfigError(WinnowError):
     """A setting, or a combination of settings, that cannot work."""
+
+
+class UnreachableError(ConfigError):
+    """A server that does not answer now."""
 
 
 class InputError(WinnowError):

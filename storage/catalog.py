@@ -20,6 +20,7 @@ from storage.manifest import Manifest
 from storage.objects import TEMPORARY
 from storage.refs import KINDS
 from storage.schema import TABLES
+from storage.summary import COUNTERS, counters
 
 VIEWS = (*TABLES, "groups", "cuts", "runs")
 # Makes a relation with this name out of the shards of one table in one version: (connection, name, shards).
@@ -34,6 +35,7 @@ RUNS = pa.schema(
         pa.field("inputs", pa.string()),
         pa.field("config", pa.string()),
         pa.field("stats", pa.string()),
+        *(pa.field(name, pa.int64()) for name in COUNTERS),
     ]
 )
 # One row per dataset and group; `candidates` counts the answers of the dataset of the same name.
@@ -194,6 +196,7 @@ def _runs(manifests: list[Manifest]) -> pa.Table:
             "inputs": json.dumps(m.inputs),
             "config": json.dumps(m.config),
             "stats": json.dumps(m.stats),
+            **counters(m),
         }
         for m in manifests
     ]

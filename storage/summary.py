@@ -18,6 +18,29 @@ _CUTS = "tokens_saved_estimate"
 _TEXTS = ("prompts", "candidates", "preferences")
 
 
+# What a run took, as a column of `runs` each, and where its stage counts it.
+_COUNTED = {
+    "prompts": ("prompts",),
+    "tokens": ("tokens_decoded", "tokens"),
+    "cuts": ("cut",),
+    "reward_calls": ("reward_calls", "scored"),
+}
+COUNTERS = (*_COUNTED, "rows", "bytes")
+
+
+def counters(manifest: Manifest) -> dict[str, int | None]:
+    """Prompts, tokens, cuts and reward calls as the stage counted them (None: it counts none); rows, bytes written."""
+    found: dict[str, int | None] = {name: _counted(manifest, keys) for name, keys in _COUNTED.items()}
+    found["rows"] = sum(file.rows or 0 for file in manifest.files)
+    found["bytes"] = sum(file.size_bytes for file in manifest.files)
+    return found
+
+
+def _counted(manifest: Manifest, keys: Sequence[str]) -> int | None:
+    values = (manifest.stats.get(key) for key in keys)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
 def group_rows(manifest: Manifest) -> list[Row]:
     """One row per group, as the stage counted them; nested counts are left to `drops`."""
     stored = manifest.stats.get("groups")

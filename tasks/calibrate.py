@@ -17,7 +17,7 @@ from tasks.calibration import KEY, Calibration, StoredFit
 from tasks.errors import ConfigError
 from tasks.generate import heldin_prompts, model_label, open_engine
 from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
-from tasks.retries import retry_unless_user_error
+from tasks.retries import RETRIES
 from tasks.rows import candidates_table, prompts_of, rows_of
 from tasks.score import scored_table
 from tasks.settings import CalibrateConfig
@@ -48,7 +48,7 @@ def prepare(config: CalibrateConfig, lake: Lake) -> Step:
     )
 
 
-@task(name="calibrate-answers", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
+@task(name="calibrate-answers", persist_result=False, **RETRIES)
 def answer(step: Step, lake_root: str) -> int:
     """Finished, scored candidates with their partial scores; the number of candidates."""
     from runtime.decoding.rejection import CutSchedule
@@ -69,7 +69,7 @@ def answer(step: Step, lake_root: str) -> int:
     # Cuts that keep everyone only score everyone.
     cuts = CutSchedule(tuple(tokens), (1.0,) * len(tokens))
     engine = open_engine(generate, path, cuts, open_reward(generate, lake), lake)
-    answers = list(engine.generate(prompts, progress(f"{step.name} answers")))
+    answers = list(engine.generate(prompts, progress(f"{step.name} answers", "prompts")))
     table = candidates_table(prompts, answers, model_label(generate.model, path), generate.seed)
     writer.write(SHARD, scored_table(table, rows, generate, lake))
     return int(table.num_rows)

@@ -1,9 +1,11 @@
 """The same held-out prompts answered by the model before and after: truth, reward and length, per group."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
@@ -21,7 +23,7 @@ from tasks.models import (
     use_threads,
 )
 from tasks.pictures import show_picture
-from tasks.retries import retry_unless_user_error
+from tasks.retries import RETRIES
 from tasks.rows import add_score, candidates_table, prompts_of, rows_of, scores_of
 from tasks.score import scored_table
 from tasks.settings import EvaluateConfig
@@ -49,7 +51,7 @@ def prepare(config: EvaluateConfig, lake: Lake) -> Step:
     return Step("evaluate", "candidates", f"{config.name}-evaluation", pinned, inputs, models)
 
 
-@task(name="answer-heldout", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
+@task(name="answer-heldout", persist_result=False, **RETRIES)
 def answer(step: Step, lake_root: str, which: Which) -> int:
     """Answers of one model, scored and judged; the number of answers."""
     from runtime.decoding.engine import Engine
@@ -69,7 +71,7 @@ def answer(step: Step, lake_root: str, which: Which) -> int:
         n=config.samples, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
     engine = Engine(policy, sampling, CutSchedule(), None, config.max_rows, config.prompt_format)
-    answers = list(engine.generate(prompts_of(prompts), progress(f"{step.name} {which}")))
+    answers = list(engine.generate(prompts_of(prompts), progress(f"{step.name} {which}", "prompts")))
     table = candidates_table(prompts_of(prompts), answers, f"{source}@{policy.content_hash[:12]}", config.seed)
     scored = scored_table(table, prompts, config, lake)
     writer.write(shard, _judged(scored, prompts, config))
@@ -82,13 +84,18 @@ def compare(step: Step, lake_root: str) -> DatasetRef:
     lake = Lake.open(lake_root)
     writer = step.writer(lake)
     metrics: list[dict[str, object]] = []
+    counted: Counter[str] = Counter()
     for which in MODELS:
         answers = writer.find(Shard("candidates", which, 0, 1))
         assert answers is not None, which
         metrics += measure(which, answers)
+        counted["tokens_decoded"] += int(pc.sum(answers["n_tokens"]).as_py() or 0)
+        counted["reward_calls"] += answers.num_rows - int(pc.sum(pc.equal(answers["status"], "error")).as_py() or 0)
+        counted["prompts"] = int(pc.count_distinct(answers["prompt_id"]).as_py())
     writer.write(Shard("metrics", "test", 0, 1), to_table("metrics", metrics))
     table = comparison(metrics)
     stats: dict[str, JsonValue] = {"groups": cast(JsonValue, table), "worst_group": cast(JsonValue, worst(table))}
+    stats |= counted
     ref = writer.commit(step.provenance(stats))
     show_stage(ref, {"worst group": stats["worst_group"]}, table)
     show_picture(lake, ref)

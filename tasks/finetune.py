@@ -14,6 +14,7 @@ from storage.scratch import scratch
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
+from tasks.launch import train_together
 from tasks.models import model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of, training_table
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from runtime.alignment.collate import PreferenceRow
     from runtime.alignment.offline import PairRows
     from runtime.alignment.report import TrainingReport
+    from runtime.records import Progress
 
 # Of a group's figures, those that the summary shows; the table `training` has all.
 SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "kl_per_token": "kl_per_token"}
@@ -48,10 +50,14 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, FinetuneConfig)
     use_threads(config.threads)
-    rows = _rows(step, config, lake)
+    rows = read_rows(step, lake)
+    shown = progress(f"{step.name} finetune")
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
-        report = _train(step, config, rows, lake, work)
+        if config.processes > 1:
+            report = train_together(step, lake_root, work, shown)
+        else:
+            report = train(step, rows, lake, work, shown)
         writer = step.writer(lake)
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():
@@ -81,9 +87,12 @@ def preference_rows(pairs: pa.Table) -> "list[PreferenceRow]":
     ]
 
 
-def _rows(step: Step, config: FinetuneConfig, lake: Lake) -> "PairRows":
+def read_rows(step: Step, lake: Lake) -> "PairRows":
+    """The pairs to train on, and the held-out ones; ConfigError when the settings cannot work with them."""
     from runtime.alignment.offline import PairRows
 
+    config = step.config
+    assert isinstance(config, FinetuneConfig)
     source = lake.resolve(step.inputs["preferences"])
     train, test = (lake.read_table(source, "preferences", split) for split in ("train", "test"))
     if train.num_rows == 0:
@@ -97,15 +106,18 @@ def _rows(step: Step, config: FinetuneConfig, lake: Lake) -> "PairRows":
     return PairRows(preference_rows(train), preference_rows(test))
 
 
-def _train(step: Step, config: FinetuneConfig, rows: "PairRows", lake: Lake, work: Path) -> "TrainingReport":
+def train(step: Step, rows: "PairRows", lake: Lake, work: Path, on_progress: "Progress") -> "TrainingReport":
+    """Train into `work`, in this process or as one of several."""
     from runtime.alignment.config import Places
     from runtime.alignment.offline import Helpers, train_offline
     from runtime.alignment.reference import not_stored
 
+    config = step.config
+    assert isinstance(config, FinetuneConfig)
     settings = offline_config(config, lake)
     references = stored_references(step, config, lake) if stores_reference(config, settings.loss) else not_stored
     places = Places(work / "model", work / "checkpoints", work / "logs")
-    helpers = Helpers(progress(f"{step.name} finetune"), references)
+    helpers = Helpers(on_progress, references)
     return train_offline(load_trained(config, lake), rows, settings, places, helpers)
 
 

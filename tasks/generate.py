@@ -1,32 +1,36 @@
 """Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
 from runtime.records import FINISHED
 from storage.lake import DatasetRef, Lake
 from storage.writer import Shard
-from tasks.artifacts import Cell, progress, show_stage
+from tasks.artifacts import Cell, ShownProgress, progress, show_stage
 from tasks.calibration import read_calibration
 from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
+from tasks.leases import use_gpu
+from tasks.logs import log_shard
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
-from tasks.retries import retry_unless_user_error
+from tasks.retries import RETRIES
 from tasks.rows import candidates_table, gather_candidates, prompts_of
+from tasks.servers import a_server, open_server
 from tasks.settings import GenerateConfig
+from tasks.settings_execution import HERE, ExecutionConfig
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.decoding.engine import Engine
     from runtime.decoding.rejection import CutPolicy
     from runtime.decoding.server import ServerEngine
+    from runtime.records import Candidate, Prompt
     from runtime.rewards.protocol import Reward
 
 CALIBRATED = ("calibrated", "adaptive")
@@ -57,22 +61,26 @@ def count_shards(step: Step, lake_root: str) -> int:
     return -(-n_prompts // config.shard_prompts)
 
 
-@task(name="generate-shard", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
-def generate_shard(step: Step, lake_root: str, index: int, count: int) -> int:
+@task(name="generate-shard", persist_result=False, **RETRIES)
+def generate_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Decode the candidates of one shard of prompts and write them; the number of candidates."""
     config, lake = _config(step), Lake.open(lake_root)
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
         return cast(int, writer.files[shard.path].rows)
+    use_gpu(execution.gpus)
     use_threads(config.threads)
     start = index * config.shard_prompts
     prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
     path = model_path(config.model, "policy", lake)
     reward = None if config.cut_policy == "none" else open_reward(config, lake)
-    engine = open_engine(config, path, cut_policy(config, lake), reward, lake)
-    answers = list(engine.generate(prompts, progress(f"{step.name} generate {index + 1} of {count}")))
+    with a_server(config, execution) as config:
+        engine = open_engine(config, path, cut_policy(config, lake), reward, lake)
+        answers = drawn(engine, prompts, progress(f"{step.name} generate {index + 1} of {count}", "prompts"))
     table = candidates_table(prompts, answers, model_label(config.model, path), config.seed)
     writer.write(shard, table)
+    n_tokens = sum(c.n_tokens for candidates in answers for c in candidates)
+    log_shard(step, shard, prompts=len(prompts), candidates=table.num_rows, tokens=n_tokens)
     return int(table.num_rows)
 
 
@@ -87,6 +95,18 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     show_stage(ref, stats, groups)
     show_picture(lake, ref)
     return ref
+
+
+def drawn(
+    engine: "Engine | ServerEngine", prompts: "Sequence[Prompt]", shown: ShownProgress
+) -> "list[list[Candidate]]":
+    """All candidates of some prompts, their tokens counted on the way."""
+    answers = []
+    for candidates in engine.generate(prompts, shown):
+        shown.count(sum(candidate.n_tokens for candidate in candidates))
+        answers.append(candidates)
+    shown.show()
+    return answers
 
 
 def cut_policy(config: GenerateConfig, lake: Lake) -> "CutPolicy":
@@ -114,7 +134,7 @@ def open_engine(
     """What decodes with the policy in `path`: the engine here, or a server that serves the same policy."""
     from runtime.decoding.engine import Engine
     from runtime.decoding.sampling import SamplingConfig
-    from runtime.decoding.server import Server, ServerEngine
+    from runtime.decoding.server import ServerEngine
     from runtime.models import load_tokenizer
 
     sampling = SamplingConfig(
@@ -129,31 +149,11 @@ def open_engine(
         stop=tuple(config.stop),
     )
     if config.server:
-        server = Server(
-            config.server,
-            config.server_model,
-            config.server_concurrency,
-            config.server_timeout,
-            extra=_fields(config.server_extra),
-            key=os.environ.get("OPENAI_API_KEY") or "none",
-        )
-        return ServerEngine(server, load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
+        return ServerEngine(open_server(config), load_tokenizer(path), sampling, cuts, reward, config.prompt_format)
     policy = load_policy_model(path, config.dtype, config.device)
     budget = None if config.kv_budget_mb is None else config.kv_budget_mb * 1_000_000
     s3d = open_s3d(config, policy, lake)
     return Engine(policy, sampling, cuts, reward, config.max_rows, config.prompt_format, budget, s3d=s3d)
-
-
-def _fields(pairs: list[str]) -> dict[str, object]:
-    """key=JSON; what is no JSON is text."""
-    found: dict[str, object] = {}
-    for pair in pairs:
-        key, _, text = pair.partition("=")
-        try:
-            found[key] = json.loads(text)
-        except json.JSONDecodeError:
-            found[key] = text
-    return found
 
 
 def model_label(model: str, path: str) -> str:
@@ -175,6 +175,8 @@ def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cel
     the same prompt, and so the saving is called an estimate.
     """
     columns = table.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
+    for row, n_scored in zip(columns, pc.list_value_length(table["cuts"]).to_pylist(), strict=True):
+        row["n_scored"] = n_scored or 0
     finished: dict[str, list[int]] = {}
     for row in columns:
         if row["finish_reason"] in FINISHED:
@@ -200,6 +202,7 @@ def _totals(rows: list[Mapping[str, object]], expected: Mapping[str, float]) -> 
         "cut": sum(row["finish_reason"] == "cut" for row in rows),
         "length": sum(row["finish_reason"] == "length" for row in rows),
         "errors": sum(row["status"] == "error" for row in rows),
+        "reward_calls": sum(cast(int, row["n_scored"]) for row in rows),
         "tokens_decoded": decoded,
         "tokens_saved_estimate": round(saved),
         "share_saved_estimate": round(saved / (saved + decoded), 4) if decoded else 0.0,

@@ -9,7 +9,7 @@ from storage.lake import Lake
 from tasks import assemble, evaluate, export, finetune, generate, ingest, score
 from tasks.errors import ConfigError
 from tasks.models import model_path
-from tasks.settings import EvaluateConfig, GenerateConfig, PipelineConfig
+from tasks.settings import ChainConfig, EvaluateConfig, GenerateConfig
 from tasks.versions import Step
 
 STAGES = ("ingest", "generate", "score", "assemble", "finetune", "evaluate", "export")
@@ -28,7 +28,7 @@ class StagePlan:
     kv_bytes: int | None
 
 
-def check_connections(config: PipelineConfig) -> None:
+def check_connections(config: ChainConfig) -> None:
     """Raise ConfigError when the configuration sets an input that the pipeline connects itself, or trains no policy."""
     inputs = {
         "generate.prompts": config.generate.prompts,
@@ -48,7 +48,7 @@ def check_connections(config: PipelineConfig) -> None:
             raise ConfigError(f'config: {key} = "{value}": a pipeline connects its stages itself; leave it empty')
 
 
-def steps(config: PipelineConfig, lake: Lake) -> dict[str, Step]:
+def steps(config: ChainConfig, lake: Lake) -> dict[str, Step]:
     """All stages, connected; nothing is run and nothing needs to exist but the source and the models."""
     check_connections(config)
     first = ingest.prepare(config.stage(config.ingest))
@@ -63,7 +63,7 @@ def steps(config: PipelineConfig, lake: Lake) -> dict[str, Step]:
     return dict(zip(STAGES, (first, drawn, scored, paired, trained, compared, exported), strict=True))
 
 
-def plan(config: PipelineConfig, lake: Lake) -> list[StagePlan]:
+def plan(config: ChainConfig, lake: Lake) -> list[StagePlan]:
     """What `steps` would do on this lake."""
     all_steps = steps(config, lake)
     return [_plan(step, lake, all_steps["ingest"]) for step in all_steps.values()]

@@ -13,11 +13,14 @@ from storage.schema import to_table
 from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
+from tasks.leases import use_gpu
+from tasks.logs import log_shard
 from tasks.models import open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
-from tasks.retries import retry_unless_user_error
+from tasks.retries import RETRIES
 from tasks.rows import add_score, gather_candidates, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
+from tasks.settings_execution import HERE, ExecutionConfig
 from tasks.versions import Step, pin
 
 
@@ -34,20 +37,22 @@ def count_shards(step: Step, lake_root: str) -> int:
     return len(lake.manifest(lake.resolve(step.inputs["candidates"])).shards("candidates"))
 
 
-@task(name="score-shard", retries=2, retry_condition_fn=retry_unless_user_error, persist_result=False)
-def score_shard(step: Step, lake_root: str, index: int, count: int) -> int:
+@task(name="score-shard", persist_result=False, **RETRIES)
+def score_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Score one shard; the number of scored candidates."""
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, ScoreConfig)
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
         return cast(int, writer.files[shard.path].rows)
+    use_gpu(execution.gpus)
     use_threads(config.threads)
     source = lake.resolve(step.inputs["candidates"])
     candidates = next(table for i, table in enumerate(lake.iter_shards(source, "candidates")) if i == index)
     prompts = lake.read_table(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
     scored = scored_table(candidates, prompts, config, lake)
     writer.write(shard, scored)
+    log_shard(step, shard, candidates=scored.num_rows)
     return int(scored.num_rows)
 
 

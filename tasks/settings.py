@@ -20,6 +20,8 @@ from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_compare import MethodsConfig as MethodsConfig
 from tasks.settings_drafting import S3D, S3D_ADAPTER
+from tasks.settings_execution import HERE
+from tasks.settings_execution import ExecutionConfig as ExecutionConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 from tasks.settings_iterate import IterateConfig as IterateConfig
@@ -139,11 +141,11 @@ class GenerateConfig(RewardConfig):
     server: str = Field(
         "",
         title="Server",
-        description="URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, that serves the policy; "
-        "empty: decode here. Its key is read from OPENAI_API_KEY",
+        description="URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, that serves the policy, or "
+        "several with commas; empty: decode here. The key is read from OPENAI_API_KEY",
     )
     server_model: str = Field("", title="Model on the server", description="The policy's name there (server)")
-    server_concurrency: int = Field(16, title="Requests", description="In flight at once (server)", ge=1, le=4096)
+    server_concurrency: int = Field(16, title="Requests", description="In flight at once, per server", ge=1, le=4096)
     server_timeout: float = Field(120.0, title="Timeout", description="Seconds per request (server)", gt=0)
     server_extra: list[str] = Field(
         [], title="Further fields", description="Sent with every request: key=JSON, such as top_k=50 (server)"
@@ -158,6 +160,9 @@ class GenerateConfig(RewardConfig):
             raise ValueError(f"n = {self.n} is above max_rows = {self.max_rows}; raise max_rows")
         if bool(self.server) != bool(self.server_model):
             raise ValueError(f'server = "{self.server}" and server_model = "{self.server_model}": set both or none')
+        for url in self.server_urls:
+            if "@" in url.partition("//")[2].partition("/")[0]:
+                raise ValueError("server holds a user or password, which every run would show; set OPENAI_API_KEY")
         for field in self.server_extra:
             if not re.fullmatch(r"\w+=.+", field, re.DOTALL):
                 raise ValueError(f'server_extra has "{field}": write key=JSON, such as top_k=50')
@@ -178,6 +183,11 @@ class GenerateConfig(RewardConfig):
         if any(not 0 < keep <= 1 for keep in self.cut_keep):
             raise ValueError(f"cut_keep = {self.cut_keep} must be above 0 and at most 1")
         return self
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Each server once."""
+        return list(dict.fromkeys(filter(None, (url.strip() for url in self.server.split(",")))))
 
 
 class CalibrateConfig(StageConfig):
@@ -258,17 +268,31 @@ class ExportConfig(StageConfig):
     format: Literal["hf"] = Field("hf", title="Format", description="hf: a plain Hugging Face folder")
 
 
-class PipelineConfig(BaseModel):
-    """All stages of a pipeline. The pipeline sets their names and connects their inputs itself."""
+class ChainConfig(BaseModel):
+    """The stages that a pipeline runs. It sets their names and connects their inputs itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("main", title="Name", description="Name of all its datasets", pattern=NAME_PATTERN)
     ingest: IngestConfig = Field(IngestConfig(), title="Ingest", description="Where prompts come from")
+    generate: GenerateConfig = Field(GenerateConfig(), title="Generate", description="Best-of-N decoding")
+    score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
+    assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
+    export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
+
+    def stage(self, stage: Stage, **inputs: str) -> Stage:
+        """A stage's configuration under the pipeline's name and with its inputs set."""
+        return type(stage).model_validate(stage.model_dump() | {"name": self.name} | inputs)
+
+
+class PipelineConfig(ChainConfig):
+    """A configuration file: the stages of a pipeline, those that have a command of their own, and how they run."""
+
     import_preferences: ImportConfig = Field(
         ImportConfig(), title="Import", description="Run by `winnow import` only: pairs that are there already"
     )
-    generate: GenerateConfig = Field(GenerateConfig(), title="Generate", description="Best-of-N decoding")
     calibrate: CalibrateConfig = Field(
         CalibrateConfig(), title="Calibrate", description="Run by `winnow calibrate` only; generate is taken from above"
     )
@@ -279,17 +303,15 @@ class PipelineConfig(BaseModel):
     align: AlignConfig = Field(
         AlignConfig(), title="Align", description="Run by `winnow align` only: on-policy training"
     )
-    score: ScoreConfig = Field(ScoreConfig(), title="Score", description="Final scores")
-    assemble: AssembleConfig = Field(AssembleConfig(), title="Assemble", description="Preference pairs")
-    finetune: FinetuneConfig = Field(FinetuneConfig(), title="Fine-tune", description="Training on the pairs")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
     compare: CompareConfig = Field(
         CompareConfig(),
         title="Compare",
         description="Run by `winnow compare` only; finetune and evaluate are taken from above",
     )
-    export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
+    execution: ExecutionConfig = Field(
+        HERE, title="Execution", description="How a run is spread out; changes no result"
+    )
 
-    def stage(self, stage: Stage, **inputs: str) -> Stage:
-        """A stage's configuration under the pipeline's name and with its inputs set."""
-        return type(stage).model_validate(stage.model_dump() | {"name": self.name} | inputs)
+    def chain(self) -> ChainConfig:
+        """What the pipeline is told."""
+        return ChainConfig(**{name: getattr(self, name) for name in ChainConfig.model_fields})

@@ -1,8 +1,8 @@
 """Parameters of the fine-tuning stage. docs/alignment.md explains the methods and their constants."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.settings_base import STARTER, Device, Dtype, PromptFormat, StageConfig
 
@@ -89,7 +89,14 @@ class FinetuneConfig(StageConfig):
     )
     learning_rate: float = Field(2e-4, title="Learning rate", description="Peak; linear warm-up, cosine decay", gt=0)
     epochs: int = Field(3, title="Epochs", description="Passes over the pairs", ge=1)
-    batch_size: int = Field(16, title="Batch size", description="Pairs per step on the device", ge=1)
+    batch_size: int = Field(16, title="Batch size", description="Pairs per step, of all processes", ge=1)
+    processes: int = Field(
+        1,
+        title="Processes",
+        description="That train together on this machine (torchrun), each on its part of every batch; one GPU each",
+        ge=1,
+        le=64,
+    )
     gradient_accumulation: int = Field(1, title="Accumulation", description="Batches per optimizer step", ge=1)
     gradient_checkpointing: bool = Field(
         False, title="Gradient checkpointing", description="Less memory, for about a third more time"
@@ -141,3 +148,12 @@ class FinetuneConfig(StageConfig):
     device: Device = Field("cpu", title="Device", description="auto takes a GPU where there is one")
     threads: int = Field(2, title="Threads", description="Threads torch may use on the CPU", ge=1, le=256)
     seed: int = Field(0, title="Seed", description="Of the order of the pairs", ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _is_shared_evenly(self) -> Self:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"processes = {self.processes} cannot share batch_size = {self.batch_size} evenly; "
+                f"make it a multiple of {self.processes}"
+            )
+        return self

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from runtime.decoding.rejection import CutPolicy, MemoryCuts
 from runtime.decoding.sampling import SamplingConfig
 from runtime.decoding.scheduler import Job
-from runtime.errors import ConfigError, InputError
+from runtime.errors import ConfigError, InputError, UnreachableError
 from runtime.models import PromptFormat, render_prompt
 from runtime.randomness import row_key
 from runtime.records import Candidate, FinishReason, Progress, Prompt
@@ -79,7 +79,8 @@ class ServerEngine:
     def generate(self, prompts: Sequence[Prompt], on_progress: Progress | None = None) -> Iterator[list[Candidate]]:
         """One list of n candidates per prompt, in input order; see Engine.generate.
 
-        A request that fails for good makes one error row. A server that cannot be reached at all is a ConfigError.
+        A request that fails for good makes one error row. A server that cannot be reached at all, or is gone before
+        the last answer, is an UnreachableError: rows that only say so would be taken for the policy's.
         """
         with asyncio.Runner() as runner:
             client = runner.run(self._connect())
@@ -110,8 +111,12 @@ class ServerEngine:
         )
         try:
             await client.models.list()
-        except (APIConnectionError, AuthenticationError) as error:
-            raise ConfigError(f'server "{server.url}" does not answer ({_reason(error)}); check URL and key') from error
+        except AuthenticationError as error:
+            raise ConfigError(
+                f'server "{server.url}" refuses the key ({_reason(error)}); set OPENAI_API_KEY'
+            ) from error
+        except APIConnectionError as error:
+            raise _unreachable(server.url, error) from error
         except OpenAIError:
             pass  # not every server lists its models; the first request will tell
         return client
@@ -156,7 +161,7 @@ class ServerEngine:
         self, client: "AsyncOpenAI", limits: "_Limits", job: Job, one: tuple[int, Row], text: str, until: int
     ) -> None:
         """Continue one answer up to `until` tokens."""
-        from openai import OpenAIError
+        from openai import APIConnectionError, APITimeoutError, OpenAIError
 
         (index, row), config = one, self.sampling
         if until <= row.n_tokens:  # the server counted more than was asked for
@@ -177,6 +182,8 @@ class ServerEngine:
                     extra_body={**beyond, **self.server.extra} or None,
                 )
         except OpenAIError as error:
+            if isinstance(error, APIConnectionError) and not isinstance(error, APITimeoutError):
+                raise _unreachable(self.server.url, error) from error
             row.reason, row.error = "error", f"the server refused: {_reason(error)}"
             return
         choice = found.choices[0]
@@ -246,6 +253,10 @@ async def _started(work: Coroutine[Any, Any, Result]) -> "asyncio.Task[Result]":
 
 async def _result(task: "asyncio.Task[Result]") -> Result:
     return await task
+
+
+def _unreachable(url: str, error: Exception) -> UnreachableError:
+    return UnreachableError(f'server "{url}" does not answer ({_reason(error)}); check URL and key')
 
 
 def _reason(error: Exception) -> str:

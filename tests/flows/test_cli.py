@@ -39,6 +39,9 @@ COMMANDS = (
     "verify",
     "copy",
     "gc",
+    "runs",
+    "deploy",
+    "serve",
     "starter build",
     "starter check",
 )

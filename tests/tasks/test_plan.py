@@ -79,6 +79,7 @@ OTHERS: dict[str, object] = {
     "lora_targets": ["q_proj"],
     "report_to": "none",
     "truncation": "keep_end",
+    "processes": 2,
     "packing": True,
     "reference": "anew",
     "truth": "none",

@@ -1,0 +1,39 @@
+"""One of several processes that fine-tune together; torchrun starts it, tasks/launch.py gives the order."""
+
+import os
+import sys
+from pathlib import Path
+
+from storage.lake import Lake
+from tasks.errors import USER_ERRORS
+from tasks.finetune import read_rows, train
+from tasks.launch import MISTAKE, PROGRESS, read_order, write_report
+
+
+def main(folder: str) -> None:
+    """Train; the first process reports progress, the result, or the user's mistake."""
+    import torch
+
+    work = Path(folder)
+    step, root = read_order(work)
+    lake = Lake.open(root)
+    is_first = os.environ["RANK"] == "0"
+
+    def on_progress(done: int, total: int) -> None:
+        if is_first:
+            print(f"{PROGRESS}{done} {total}", flush=True)
+
+    try:
+        report = train(step, read_rows(step, lake), lake, work, on_progress)
+    except USER_ERRORS as error:
+        if is_first:
+            (work / MISTAKE).write_text(str(error))
+        sys.exit(2)
+    if is_first:
+        write_report(report, work)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads would outlive the interpreter
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

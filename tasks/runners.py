@@ -1,0 +1,88 @@
+"""The shards of a stage on threads, processes, Dask or Ray; a few at a time, and the first failure ends it."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+from prefect import Task
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
+
+from storage.lake import Lake
+from storage.writer import Shard
+from tasks.errors import ConfigError
+from tasks.settings_execution import HERE, ExecutionConfig
+from tasks.versions import Step
+
+if TYPE_CHECKING:
+    ShardTask = Task[[Step, str, int, int, ExecutionConfig], int]
+
+# Submitted shards per worker: enough that none waits, few enough that a failure is not followed by a thousand others.
+AHEAD = 3
+
+
+def run_shards(task: "ShardTask", step: Step, lake_root: str, count: int, execution: ExecutionConfig = HERE) -> None:
+    """Run the task for every shard of `candidates` that the lake does not have; one task run each."""
+    todo = missing_shards(step, lake_root, count)
+    if execution.task_runner == "thread" and execution.workers == 1:
+        for index in todo:
+            task(step, lake_root, index, count, execution)
+        return
+    calls = ({"step": step, "lake_root": lake_root, "index": i, "count": count, "execution": execution} for i in todo)
+    with open_runner(execution) as runner:
+        submit_all(runner, task, calls, AHEAD * execution.workers)
+
+
+def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
+    """Indices of the shards that are still to be made. Whether the others are whole is looked at when they are read."""
+    lake = Lake.open(lake_root)
+    prefix = step.writer(lake).ref.prefix
+    present = set(lake.store.list(prefix))
+    return [i for i in range(count) if f"{prefix}/{Shard('candidates', 'train', i, count).path}" not in present]
+
+
+def submit_all(runner: TaskRunner[Any], task: "Task[..., Any]", calls: Iterable[dict[str, Any]], at_once: int) -> None:
+    """Have at most so many submitted; raise what the first failing one raised."""
+    waiting: deque[PrefectFuture[Any]] = deque()
+    for parameters in calls:
+        if len(waiting) >= at_once:
+            waiting.popleft().result()
+        waiting.append(runner.submit(task, parameters))
+    for future in waiting:
+        future.result()
+
+
+def open_runner(execution: ExecutionConfig) -> TaskRunner[Any]:
+    """The configured runner, not started yet; ConfigError when its package is not installed."""
+    if execution.task_runner == "thread":
+        return ThreadPoolTaskRunner(max_workers=execution.workers)
+    if execution.task_runner == "process":
+        return ProcessPoolTaskRunner(max_workers=execution.workers)
+    return _dask(execution) if execution.task_runner == "dask" else _ray(execution)
+
+
+def _dask(execution: ExecutionConfig) -> TaskRunner[Any]:
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError as error:
+        raise ConfigError("task_runner = dask needs the extra dask: pip install 'winnow[dask]'") from error
+    if execution.address:
+        return cast(TaskRunner[Any], DaskTaskRunner(address=execution.address))
+    here = {"n_workers": execution.workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    return cast(TaskRunner[Any], DaskTaskRunner(cluster_kwargs=here))
+
+
+def _ray(execution: ExecutionConfig) -> TaskRunner[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError as error:
+        raise ConfigError("task_runner = ray needs the extra ray: pip install 'winnow[ray]'") from error
+    if execution.address:
+        return cast(TaskRunner[Any], RayTaskRunner(address=execution.address))
+    # Ray's workers start from a clean path: they must find what this process found.
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_USAGE_STATS_ENABLED": "0"}
+    here = {"num_cpus": execution.workers, "include_dashboard": False, "runtime_env": {"env_vars": variables}}
+    return cast(TaskRunner[Any], RayTaskRunner(init_kwargs=here))

@@ -1,0 +1,178 @@
+"""What happens in production: workers, servers and databases that go away, cancelled runs, the same run twice."""
+
+import hashlib
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storage.lake import Lake
+from tests.servers.prefect import Server, prefect_server, wait_until, winnow, worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+N_SHARDS = 12
+GENERATE = {"n": 8, "shard_prompts": 2, "threads": 1, "max_new_tokens": 96, "max_rows": 16}
+
+
+def _shards(lake: Path) -> dict[str, str]:
+    files = (file for file in lake.rglob("candidates/train-*.parquet") if ".tmp" not in file.parts)
+    return {str(file.relative_to(lake)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The shards of a run that nothing disturbed, without Prefect."""
+    from tasks import generate
+    from tasks.settings import GenerateConfig
+
+    lake = _with_prompts(tmp_path_factory.mktemp("undisturbed") / "lake")
+    step = generate.prepare(GenerateConfig.model_validate(GENERATE | {"name": "fault"}), Lake.open(str(lake)))
+    for index in range(generate.count_shards(step, str(lake))):
+        generate.generate_shard.fn(step, str(lake), index, N_SHARDS)
+    generate.publish.fn(step, str(lake), N_SHARDS)
+    return _shards(lake)
+
+
+@pytest.fixture
+def lake(tmp_path: Path) -> Path:
+    """With prompts for twelve shards."""
+    return _with_prompts(tmp_path / "lake")
+
+
+def _with_prompts(root: Path) -> Path:
+    from tasks import ingest
+    from tasks.settings import IngestConfig
+
+    config = IngestConfig(name="fault", max_prompts=2 * N_SHARDS, max_heldout=2)
+    ingest.ingest.fn(ingest.prepare(config), str(root))
+    return root
+
+
+def _start(server: Server, lake: Path) -> str:
+    return server.run("generate/default", config=GENERATE | {"name": "fault"}, lake=str(lake))
+
+
+def _some_but_not_all(lake: Path) -> Callable[[], bool]:
+    return lambda: 2 <= len(_shards(lake)) < N_SHARDS - 3
+
+
+def _check(lake: Path, expected: dict[str, str]) -> None:
+    assert _shards(lake) == expected
+    assert len(Lake.open(str(lake)).manifests("candidates")) == 1
+
+
+def test_a_run_killed_with_its_worker_is_found_out_and_started_again_by_the_next_worker(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "doomed"):
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+    # Nobody is left who could tell the server; only the missing heartbeat does.
+    assert server.flow_run(run_id)["state"]["type"] == "RUNNING"
+    done = _shards(lake)
+    with worker(server, "heir"):
+        found = server.wait(run_id, ("COMPLETED", "FAILED"), seconds=400)
+        assert found["state"]["type"] == "COMPLETED", server.logs(run_id)
+        assert found["run_count"] == 2
+    _check(lake, expected)
+    assert done.items() <= expected.items()
+
+
+def test_a_worker_killed_alone_takes_its_run_down_and_the_next_one_continues_it(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "killed") as process:
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: server.flow_run(run_id)["state"]["type"] != "RUNNING", "the end of the run")
+    with worker(server, "next"):
+        assert server.wait(run_id, ("COMPLETED", "FAILED"))["state"]["type"] == "COMPLETED", server.logs(run_id)
+    _check(lake, expected)
+
+
+def test_a_cancelled_run_stops_publishes_nothing_and_can_be_continued(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "patient"):
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
+        server.call("POST", f"/flow_runs/{run_id}/set_state", state)
+        assert server.wait(run_id, seconds=60)["state"]["type"] == "CANCELLED"
+        left = _shards(lake)
+        assert len(left) < N_SHARDS
+        assert Lake.open(str(lake)).manifests("candidates") == []
+        time.sleep(3)
+        assert _shards(lake) == left  # whatever computed is gone
+        again = _start(server, lake)
+        assert server.wait(again)["state"]["type"] == "COMPLETED", server.logs(again)
+    _check(lake, expected)
+
+
+def test_a_run_outlives_a_server_that_is_restarted(server: Server, lake: Path, expected: dict[str, str]) -> None:
+    with worker(server, "steady"):
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        server.stop()
+        time.sleep(10)
+        server.start()
+        assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
+    _check(lake, expected)
+
+
+def test_a_run_outlives_a_database_that_is_locked_for_half_a_minute(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "calm"):
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        with sqlite3.connect(server.folder / "server" / "prefect.db", timeout=60, isolation_level=None) as database:
+            database.execute("BEGIN EXCLUSIVE")
+            time.sleep(30)
+            database.execute("ROLLBACK")
+        assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
+    _check(lake, expected)
+
+
+def test_the_same_run_twice_at_once_makes_one_version(server: Server, lake: Path, expected: dict[str, str]) -> None:
+    with worker(server, "left"), worker(server, "right"):
+        runs = [_start(server, lake), _start(server, lake)]
+        assert [server.wait(run)["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]
+    _check(lake, expected)
+
+
+def test_a_scheduled_pipeline_waits_for_the_one_that_runs_and_finds_its_result(server: Server, tmp_path: Path) -> None:
+    config = {
+        "name": "twice",
+        "ingest": {"max_prompts": 4, "max_heldout": 2},
+        "generate": {"n": 4, "threads": 1, "max_new_tokens": 48},
+        "score": {"threads": 1},
+        "finetune": {"epochs": 1, "threads": 1},
+        "evaluate": {"samples": 1, "threads": 1},
+    }
+    with worker(server, "first"), worker(server, "second"):
+        runs = [server.run("pipeline/default", config=config, lake=str(tmp_path / "lake")) for _ in range(2)]
+        assert [server.wait(run)["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]
+    children = [
+        server.call("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}) for run in runs
+    ]
+    assert sorted(map(len, children)) == [0, 7]
+
+
+def test_a_server_with_a_password_takes_the_right_one_only(tmp_path: Path) -> None:
+    with prefect_server(tmp_path / "closed", auth=("winnow", "right")) as server:
+        refused = winnow(server, "deploy", PREFECT_API_AUTH_STRING="winnow:wrong")
+        assert refused.returncode == 2
+        assert "PREFECT_API_AUTH_STRING is refused; set USER:PASSWORD" in refused.stderr
+        assert refused.stderr.count("\n") == 1 and "wrong" not in refused.stderr
+        assert "is not set" in winnow(server, "deploy", PREFECT_API_AUTH_STRING="").stderr
+        assert winnow(server, "deploy", "--lake", str(tmp_path / "lake")).returncode == 0
+        with worker(server, "trusted"):
+            run_id = server.run("ingest/default", config={"name": "closed", "max_prompts": 5})
+            assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
+        assert Lake.open(str(tmp_path / "lake")).find("prompts", "closed") is not None

@@ -1,0 +1,165 @@
+"""Real Prefect servers and workers on 127.0.0.1, each with a folder of its own, ended with all their processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.servers.processes import free_port, wait_for_http
+
+ROOT = Path(__file__).parents[2]
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
+ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass(slots=True)
+class Server:
+    """A Prefect server: its port stays when it is started again."""
+
+    folder: Path
+    port: int
+    settings: dict[str, str] = field(default_factory=dict)
+    auth: tuple[str, str] | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Of its API."""
+        return f"http://127.0.0.1:{self.port}/api"
+
+    def environment(self, home: str = "client") -> dict[str, str]:
+        """Of whatever talks to it."""
+        found = os.environ | QUIET | {"PREFECT_API_URL": self.url, "PREFECT_HOME": str(self.folder / home)}
+        return found | ({"PREFECT_API_AUTH_STRING": ":".join(self.auth)} if self.auth else {})
+
+    def start(self) -> None:
+        """Until it answers."""
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        own = {"PREFECT_HOME": str(self.folder / "server"), "PREFECT_UI_API_URL": self.url}
+        log = self.folder / "server.log"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+        self.process = start(command, environment | QUIET | own | self.settings, log)
+        wait_for_http(self.port, self.process, log, seconds=150)
+
+    def stop(self, how: int = signal.SIGKILL) -> None:
+        """With all its processes."""
+        if self.process is not None:
+            stop(self.process, how)
+            self.process = None
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """An answer of the API; HTTPStatusError for a refusal. A database that is locked for a moment says 503."""
+        for _ in range(20):
+            answer = httpx.request(method, f"{self.url}{path}", json=body, auth=self.auth, timeout=60)
+            if answer.status_code != 503:
+                break
+            time.sleep(0.5)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        """By FLOW/NAME."""
+        found: dict[str, Any] = self.call("GET", f"/deployments/name/{name}")
+        return found
+
+    def run(self, name: str, **parameters: object) -> str:
+        """Start a deployment; the id of the run."""
+        path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
+        return str(self.call("POST", path, {"parameters": parameters, "state": {"type": "SCHEDULED"}})["id"])
+
+    def flow_run(self, run_id: str) -> dict[str, Any]:
+        """As it is now."""
+        found: dict[str, Any] = self.call("GET", f"/flow_runs/{run_id}")
+        return found
+
+    def wait(self, run_id: str, states: Sequence[str] = ENDED, seconds: float = 240) -> dict[str, Any]:
+        """The run once it is in one of the states (by type or name); AssertionError when it never is."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = self.flow_run(run_id)
+            if found["state"]["type"] in states or found["state"]["name"] in states:
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"{found['name']} is {found['state']['name']}, not one of {states}")
+
+    def logs(self, run_id: str) -> str:
+        """Everything the run and its tasks said."""
+        wanted = {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200}
+        return "\n".join(entry["message"] for entry in self.call("POST", "/logs/filter", wanted))
+
+
+@contextmanager
+def prefect_server(folder: Path, auth: tuple[str, str] | None = None, **settings: str) -> Iterator[Server]:
+    """A server with a database of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given = dict(settings) | ({"PREFECT_SERVER_API_AUTH_STRING": ":".join(auth)} if auth else {})
+    server = Server(folder, free_port(), given, auth)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def worker(server: Server, name: str, pool: str = "winnow", **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process worker that takes one run at a time; ended with whatever it runs."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "1", "--name", name]
+    quick = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    process = start(command, server.environment(name) | quick | variables, server.folder / f"{name}.log")
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def winnow(server: Server, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command line, against the server."""
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    environment = server.environment() | variables
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that its children can be ended with it."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def stop(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
+    """End a process and its children."""
+    try:
+        os.killpg(process.pid, how)
+        process.wait(timeout=30)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        if how != signal.SIGKILL:
+            stop(process)
+    process.wait()
+
+
+def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """AssertionError, saying what was waited for, when it never comes."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s for {what}")
+        time.sleep(0.1)
