@@ -1,0 +1,109 @@
+"""The part of a model that is always in memory: attention, embeddings, norms and head, without feed-forward layers."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from runtime.edge.manifest import Manifest
+from runtime.edge.quantise import FLOATS
+from runtime.edge.records import FfnShape
+from runtime.errors import BundleError, ModelError
+from runtime.kv.attention import check_supported
+
+# Two norms around attention and feed-forward, separate gate and up.
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+CONFIG_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "max_position_embeddings",
+    "attention_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def config_of(model: PreTrainedModel) -> dict[str, object]:
+    """What a bundle keeps of the model's configuration; ModelError when it cannot run as a bundle."""
+    check_architecture(model.config)
+    found = model.config.to_dict()
+    kept = {key: found[key] for key in CONFIG_KEYS if found.get(key) is not None}
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return kept | ({} if ends is None else {"eos_token_id": ends})
+
+
+def check_architecture(config: PreTrainedConfig) -> None:
+    """Raise ModelError for a model whose layers the engine would compute wrongly."""
+    if config.model_type not in SUPPORTED:
+        raise ModelError(f"model type {config.model_type!r} cannot run as a bundle; use one of {', '.join(SUPPORTED)}")
+    if config.hidden_act not in ("relu", "silu"):
+        raise ModelError(f'hidden_act = "{config.hidden_act}" cannot run as a bundle; use a model with relu or silu')
+    if getattr(config, "mlp_bias", False):
+        raise ModelError("feed-forward layers with a bias cannot run as a bundle")
+    kinds = getattr(config, "layer_types", None) or []
+    is_windowed = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if is_windowed:
+        raise ModelError("sliding window attention cannot run as a bundle; use a model with full attention")
+    check_supported(config)
+
+
+def build(manifest: Manifest, resident: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a bundle with its resident weights and no feed-forward layers."""
+    config = _config(manifest)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
+        layer.mlp = torch.nn.Identity()
+    weights = {name: tensor.to(dtype) for name, tensor in resident.items() if not name.startswith("edge.")}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    for name, shape in wanted.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            raise BundleError(f"the bundle's weight {name} is missing or not {list(shape)}; export it again")
+    if extra := set(weights) - set(wanted):
+        raise BundleError(f"the bundle has a weight {min(extra)!r} that its model has not; export it again")
+    model.load_state_dict(weights, strict=True, assign=True)
+    # Its tables are no weights: they were made on the meta device like everything else.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval().requires_grad_(False)
+
+
+def _config(manifest: Manifest) -> PreTrainedConfig:
+    found = dict(copy.deepcopy(dict(manifest.config)))
+    if unknown := set(found) - set(CONFIG_KEYS):
+        raise BundleError(f"the bundle's model configuration has {min(unknown)!r}, which is not known")
+    kind = found.pop("model_type", None)
+    if kind not in SUPPORTED:
+        raise BundleError(f"the bundle's model type {kind!r} is none of {', '.join(SUPPORTED)}")
+    sizes = (found.get("num_hidden_layers"), found.get("hidden_size"), found.get("intermediate_size"))
+    shape = manifest.shape
+    if sizes != (shape.n_layers, shape.hidden, shape.intermediate) or found.get("hidden_act") != shape.activation:
+        raise BundleError("the bundle's shape and its model configuration differ; export it again")
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(str(kind), **found)
+        check_architecture(config)
+        config.dtype = FLOATS[manifest.dtype]
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise BundleError(f"the bundle's model configuration is refused: {str(error)[:100]}") from error
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def shape_of(model: PreTrainedModel) -> FfnShape:
+    """The feed-forward shape of a model that `check_architecture` takes."""
+    config = model.config
+    return FfnShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.hidden_act)
