@@ -1,4 +1,4 @@
-"""Opening a bundle. It may come from anywhere: nothing is read past its listed size, nothing used before it is checked."""
+"""Opening a bundle. It may come from anywhere: nothing is read past its listed size or used before it is checked."""
 
 import hashlib
 import os
@@ -69,7 +69,7 @@ def check_resident(bundle: Bundle, resident: Mapping[str, Tensor]) -> None:
     """The tensors of the edge part have the shapes that the manifest asks for; the model checks its own."""
     manifest, shape = bundle.manifest, bundle.manifest.shape
     for index in range(shape.n_layers):
-        wanted = {"order": (shape.intermediate,), "frequency": (shape.intermediate,)}
+        wanted: dict[str, tuple[int, ...]] = {"order": (shape.intermediate,), "frequency": (shape.intermediate,)}
         rank = next(iter(resident.get(f"edge.{index}.fc1", torch.empty(0, 0)).shape))
         if manifest.record.has_gate:
             wanted |= {"fc1": (rank, shape.hidden), "fc2": (manifest.n_cold(index), rank)}

@@ -22,9 +22,11 @@ from runtime.edge.records import LayerPlacement, LayerPredictor, Matrix, Profile
 from runtime.edge.skeleton import config_of, shape_of
 from runtime.errors import ConfigError, ModelError
 
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-TOKENIZER_FILES += ("*.model", "*.jinja", "config.json")
-BLOCK = 256
+TOKENIZER_FILES = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("*.model", "*.jinja", "config.json"),
+)
+MOST_BLOCK, BLOCKS_PER_LAYER = 256, 16
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Contents:
     tokenizer: Path | None = None  # a folder with its files
     weight_format: WeightFormat = "bfloat16"
     group: int = DEFAULT_GROUP
-    block: int = BLOCK  # neurons that are computed together
+    block: int | None = None  # neurons that are computed together
     quality: Mapping[str, object] = field(default_factory=dict)
     plan: Mapping[str, object] = field(default_factory=dict)
 
@@ -57,7 +59,7 @@ def write_bundle(folder: Path, contents: Contents) -> Manifest:
             weight_format=contents.weight_format,
             group=contents.group,
             dtype=_dtype(contents),
-            block=contents.block,
+            block=contents.block or _block(contents.profile.shape.intermediate),
             layers=tuple(layers),
             files=files,
             quality=contents.quality,
@@ -98,6 +100,11 @@ def _new(folder: Path) -> Iterator[None]:
             f'the bundle cannot be written to "{folder}": {error.strerror or error}; '
             "give a folder on a writable disk with room for it"
         ) from error
+
+
+def _block(n_neurons: int) -> int:
+    """Few operations per layer, and small caches for small models: a layer's cache holds a block at least."""
+    return max(8, min(MOST_BLOCK, n_neurons // BLOCKS_PER_LAYER // 8 * 8))
 
 
 def _dtype(contents: Contents) -> str:
@@ -184,7 +191,7 @@ def _write_neurons(path: Path, contents: Contents) -> tuple[list[LayerEntry], Fi
 
 def _append(file: BinaryIO, digest: "hashlib._Hash", block: NDArray[np.uint8]) -> None:
     padded = aligned(block.size) - block.size
-    for part in (memoryview(block.reshape(-1)), bytes(padded)):
+    for part in (block.reshape(-1).data, bytes(padded)):
         file.write(part)
         digest.update(part)
     assert file.tell() % ALIGN == 0

@@ -13,6 +13,7 @@ from runtime.errors import ConfigError
 # A contiguous block is computed about three times as fast as gathered rows: from here on, always computing is cheaper.
 HOT_FREQUENCY = 0.4
 HOT_SHARE = 0.25
+MOST_SAMPLES, N_NEIGHBOURS, AT_ONCE = 2048, 64, 512
 ROUND = 8  # the hot block has a multiple of so many neurons
 
 
@@ -43,36 +44,61 @@ def _place(layer: LayerProfile, hot_frequency: float, hot_share: float, by_activ
 
 def _path(layer: LayerProfile, cold: NDArray[np.int64]) -> NDArray[np.int64]:
     """`cold`, most frequent first, as a path: always on to the unvisited neuron seen together most often."""
-    active = np.unpackbits(layer.active, axis=1, count=len(layer.frequency))[:, cold]  # (samples, cold)
-    tokens_of = [np.flatnonzero(active[:, neuron]) for neuron in range(len(cold))]
+    active = np.unpackbits(layer.active[:MOST_SAMPLES], axis=1, count=len(layer.frequency))[:, cold]
+    neighbours = _neighbours(active.astype(np.float32))
     is_free = np.ones(len(cold), dtype=bool)
     path = np.empty(len(cold), dtype=np.int64)
     here, n_started = 0, 0
     for step in range(len(cold)):
         path[step], is_free[here] = here, False
-        together = active[tokens_of[here]].sum(axis=0, dtype=np.int32) * is_free
-        there = int(together.argmax())
-        if together[there] == 0:  # seen with nobody that is left: the most frequent one starts anew
-            while n_started < len(cold) and not is_free[n_started]:
-                n_started += 1
-            there = n_started
-        here = there
+        free = neighbours[here][is_free[neighbours[here]]]
+        if len(free):
+            here = int(free[0])
+            continue
+        while n_started < len(cold) and not is_free[n_started]:  # the most frequent one that is left starts anew
+            n_started += 1
+        here = n_started
     return cold[path]
 
 
-def read_runs(positions: NDArray[np.int64], gap: int, most: int) -> list[tuple[int, int, int]]:
-    """Merged reads for sorted positions: (first position, records, positions served), at most `most` records each.
+def _neighbours(active: NDArray[np.float32]) -> list[NDArray[np.int64]]:
+    """For each neuron (column) those it is seen together with, most often first; `N_NEIGHBOURS` at most."""
+    n_neurons = active.shape[1]
+    n_most = min(N_NEIGHBOURS, n_neurons)
+    found: list[NDArray[np.int64]] = []
+    for start in range(0, n_neurons, AT_ONCE):
+        together = active[:, start : start + AT_ONCE].T @ active
+        together[np.arange(len(together)), np.arange(start, start + len(together))] = 0  # with itself
+        best = np.argpartition(-together, n_most - 1, axis=1)[:, :n_most]
+        for row, ids in zip(together, best, strict=True):
+            ids = ids[row[ids] > 0]
+            found.append(ids[np.argsort(-row[ids], kind="stable")])
+    return found
+
+
+def read_runs(positions: NDArray[np.int64], gap: int, most: int) -> NDArray[np.int64]:
+    """Merged reads for sorted positions: rows of (first position, records, positions served), `most` records at most.
 
     Neurons up to `gap` records apart share a read: what lies between is read and thrown away.
     """
-    runs: list[tuple[int, int, int]] = []
     if not len(positions):
-        return runs
-    breaks = np.flatnonzero(np.diff(positions) > gap + 1) + 1
-    for part in np.split(positions, breaks):
-        start = 0
-        while start < len(part):
-            stop = int(np.searchsorted(part, part[start] + most))
-            runs.append((int(part[start]), int(part[stop - 1] - part[start] + 1), stop - start))
-            start = stop
-    return runs
+        return np.empty((0, 3), dtype=np.int64)
+    starts = np.flatnonzero(np.diff(positions, prepend=-gap - 2) > gap + 1)
+    stops = np.append(starts[1:], len(positions))
+    if (positions[stops - 1] - positions[starts]).max() >= most:
+        starts = _split(positions, starts, stops, most)
+        stops = np.append(starts[1:], len(positions))
+    first = positions[starts]
+    return np.stack([first, positions[stops - 1] - first + 1, stops - starts], axis=1)
+
+
+def _split(
+    positions: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64], most: int
+) -> NDArray[np.int64]:
+    """Where reads start when none may be longer than `most`."""
+    found: list[int] = []
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        while start < stop:
+            found.append(start)
+            start += int(np.searchsorted(positions[start:stop], positions[start] + most))
+    return np.array(found, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def build(manifest: Manifest, resident: Mapping[str, Tensor], dtype: torch.dtype
     """The model of a bundle with its resident weights and no feed-forward layers."""
     config = _config(manifest)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
     for layer in model.model.layers:
         layer.mlp = torch.nn.Identity()
     weights = {name: tensor.to(dtype) for name, tensor in resident.items() if not name.startswith("edge.")}
@@ -79,7 +80,9 @@ def build(manifest: Manifest, resident: Mapping[str, Tensor], dtype: torch.dtype
     model.load_state_dict(weights, strict=True, assign=True)
     # Its tables are no weights: they were made on the meta device like everything else.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval().requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    model.requires_grad_(False)
+    return model
 
 
 def _config(manifest: Manifest) -> PreTrainedConfig:

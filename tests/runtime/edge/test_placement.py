@@ -57,7 +57,7 @@ def test_a_share_above_one_is_refused() -> None:
 @given(st.sets(st.integers(0, 300), max_size=60), st.integers(0, 5), st.integers(1, 20))
 def test_merged_reads_cover_what_is_wanted_and_stay_short(wanted: set[int], gap: int, most: int) -> None:
     positions = np.array(sorted(wanted), dtype=np.int64)
-    runs = read_runs(positions, gap, most)
+    runs = read_runs(positions, gap, most).tolist()
     covered = [p for first, count, _ in runs for p in range(first, first + count)]
     assert len(covered) == len(set(covered))
     assert wanted <= set(covered)
