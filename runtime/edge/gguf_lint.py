@@ -46,7 +46,7 @@ def problems(path: Path) -> list[str]:
     if magic not in (PWRI, GGUF):
         return [f"magic is {magic!r}; GGUF files begin with GGUF, PowerInfer's with PWRI"]
     try:
-        reader = _reader(path)
+        reader = open_gguf(path)
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         return [f"cannot be read to its end: {error}"]
     is_sparse = magic == PWRI
@@ -56,7 +56,8 @@ def problems(path: Path) -> list[str]:
     return [*_tensors(reader, is_sparse), *_vocabulary(reader), *(_powerinfer(reader) if is_sparse else [])]
 
 
-def _reader(path: Path) -> "GGUFReader":
+def open_gguf(path: Path) -> "GGUFReader":
+    """A file with either magic, memory-mapped."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):

@@ -40,18 +40,23 @@ class FfnLayer:
 def shape_of(model: PreTrainedModel) -> FfnShape:
     """The shape of the feed-forward layers; ModelError for a model that has others than gated ones."""
     config = cast(Any, model.config)
-    if config.model_type not in ARCHITECTURES:
-        raise ModelError(
-            f'architecture "{config.model_type}" cannot be exported by neuron; use {", ".join(ARCHITECTURES)}, '
-            "or format = hf"
-        )
-    activation = _ACTIVATIONS.get(config.hidden_act)
-    if activation is None:
-        raise ModelError(f'hidden_act = "{config.hidden_act}" cannot be exported by neuron; relu and silu can be')
+    activation = check_architecture(config.model_type, config.hidden_act)
     layers = ffn_layers(model)
     if any(getattr(layers[0].mlp, f"{part}_proj").bias is not None for part in ("gate", "up", "down")):
         raise ModelError("the feed-forward layers have biases (mlp_bias), which a bundle does not have")
     return FfnShape(len(layers), config.hidden_size, config.intermediate_size, activation)
+
+
+def check_architecture(model_type: str, hidden_act: str) -> Activation:
+    """The activation, by what a config says; ModelError for what cannot be exported by neuron."""
+    if model_type not in ARCHITECTURES:
+        raise ModelError(
+            f'architecture "{model_type}" cannot be exported by neuron ({", ".join(ARCHITECTURES)} can); '
+            "use format = hf"
+        )
+    if hidden_act not in _ACTIVATIONS:
+        raise ModelError(f'hidden_act = "{hidden_act}" cannot be exported by neuron (relu, silu can); use format = hf')
+    return _ACTIVATIONS[hidden_act]
 
 
 def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:

@@ -4,7 +4,7 @@ All have PowerInfer's form, fc2 @ relu(fc1 @ residual), without biases. RMSNorm 
 sign of a gate is that of W diag(norm) residual; relu([V; -V] x) carries V x, so any linear score fits the form.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.edge.network import FfnLayer, ffn_layers, shape_of
-from runtime.edge.records import FfnShape, LayerPredictor
+from runtime.edge.records import FfnShape, LayerPredictor, PredictorKind
 from runtime.edge.residuals import Residuals, residuals
 from runtime.edge.text import TokenBatch
 from runtime.errors import ConfigError
@@ -68,7 +68,11 @@ def fit_predictors(
         return tuple(gate_predictor(shape) for _ in range(shape.n_layers))
     seen = residuals(model, text, settings.n_samples, settings.seed)
     layers = zip(ffn_layers(model), seen, thresholds, strict=True)
-    return tuple(_fitted(layer, known, threshold, settings) for layer, known, threshold in layers)
+    found = [_fitted(layer, known, threshold, settings) for layer, known, threshold in layers]
+    predicted, active = sum(one.predicted_active for one, _ in found), sum(share for _, share in found)
+    if settings.kind == "auto" and not _is_good(predicted / len(found), active / len(found)):
+        return tuple(gate_predictor(shape) for _ in found)
+    return tuple(predictor for predictor, _ in found)
 
 
 def gate_predictor(shape: FfnShape) -> LayerPredictor:
@@ -126,28 +130,33 @@ def figures(predictor: LayerPredictor, inputs: Tensor, is_active: Tensor) -> Lay
     return replace(predictor, recall=recall, predicted_active=float(is_predicted.float().mean()))
 
 
-def _fitted(layer: FfnLayer, seen: Residuals, threshold: float, settings: PredictorSettings) -> LayerPredictor:
+def _fitted(
+    layer: FfnLayer, seen: Residuals, threshold: float, settings: PredictorSettings
+) -> tuple[LayerPredictor, float]:
+    """The smallest good enough, else the largest there is; and the share of neurons that are active."""
     weight = layer.weight("gate") * layer.norm_weight
     is_active = seen.samples @ weight.T > threshold
     n_fitted = max(1, int(len(seen.samples) * FITTED))
-    fitted, held_out = seen.samples[:n_fitted], (seen.samples[n_fitted:], is_active[n_fitted:])
+    fitted, held_out = (seen.samples[:n_fitted], is_active[:n_fitted]), (seen.samples[n_fitted:], is_active[n_fitted:])
+    share = float(held_out[1].float().mean())
     if settings.kind == "oracle":
-        return figures(oracle(layer), *held_out)
-    share, predictor = float(held_out[1].float().mean()), None
+        return figures(oracle(layer), *held_out), share
     for rank in _ranks(settings, weight.shape):
         fc1, fc2 = low_rank(weight, seen.moment, rank)
         if settings.kind == "mlp":
             from runtime.edge.predictor_training import trained
 
-            fc1, fc2 = trained(fc1, fc2, (fitted, is_active[:n_fitted]), settings.steps, settings.seed)
-        fc2 = _margins(fc1, fc2, (fitted, is_active[:n_fitted]), settings.recall)
-        kind: Literal["low_rank", "mlp"] = "mlp" if settings.kind == "mlp" else "low_rank"
+            fc1, fc2 = trained(fc1, fc2, fitted, settings.steps, settings.seed)
+        fc2 = _margins(fc1, fc2, fitted, settings.recall)
+        kind: PredictorKind = "mlp" if settings.kind == "mlp" else "low_rank"
         predictor = figures(LayerPredictor(kind, fc1, fc2), *held_out)
-        if predictor.predicted_active <= max(WASTE * share, share + SLACK):
-            return predictor
-    if predictor is None or (settings.kind == "auto" and not settings.rank):
-        return LayerPredictor("gate", weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0))
-    return predictor
+        if _is_good(predictor.predicted_active, share):
+            break
+    return predictor, share
+
+
+def _is_good(predicted: float, active: float) -> bool:
+    return predicted <= max(WASTE * active, active + SLACK)
 
 
 def _margins(fc1: Tensor, fc2: Tensor, known: tuple[Tensor, Tensor], recall: float) -> Tensor:
@@ -156,9 +165,12 @@ def _margins(fc1: Tensor, fc2: Tensor, known: tuple[Tensor, Tensor], recall: flo
     return torch.cat([with_recall(fc1, fc2[part], inputs, is_active[:, part], recall) for part in parts])
 
 
-def _ranks(settings: PredictorSettings, shape: Iterable[int]) -> list[int]:
-    """The asked one; else those with which a predictor is clearly smaller than the gate."""
+def _ranks(settings: PredictorSettings, shape: Sequence[int]) -> list[int]:
+    """The asked one; else those with which a predictor is clearly smaller than the gate, and the smallest at least."""
     neurons, hidden = shape
+    if settings.rank > hidden:
+        raise ConfigError(f"rank = {settings.rank} is above hidden_size = {hidden}; take less, or predictor = oracle")
     if settings.rank:
         return [settings.rank]
-    return [rank for rank in RANKS if 2 * rank * (hidden + neurons) <= LARGEST * hidden * neurons]
+    small = [rank for rank in RANKS if 2 * rank * (hidden + neurons) <= LARGEST * hidden * neurons]
+    return small or [min(RANKS[0], hidden)]
