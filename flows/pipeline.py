@@ -9,8 +9,9 @@ from flows.finetune import finetune
 from flows.generate import generate
 from flows.ingest import ingest
 from flows.score import score
-from storage.lake import DatasetRef
-from tasks.plan import check_connections
+from storage.lake import DatasetRef, Lake
+from tasks.export import check_format
+from tasks.plan import check_connections, export_inputs
 from tasks.settings import PipelineConfig
 
 
@@ -23,6 +24,7 @@ def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     check_connections(config)
+    check_format(config.export, config.finetune.model, Lake.open(lake))
     prompts = ingest(config.stage(config.ingest), lake)
     candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake)
     scored = score(config.stage(config.score, candidates=str(candidates)), lake)
@@ -30,7 +32,7 @@ def pipeline(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
     model = finetune(config.stage(config.finetune, preferences=str(pairs)), lake)
     models = {"before": config.finetune.model, "after": str(model)}
     evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
-    bundle = export(config.stage(config.export, model=str(model)), lake)
+    bundle = export(config.stage(config.export, **export_inputs(config, str(model), str(scored))), lake)
     return {
         "ingest": prompts,
         "generate": candidates,

@@ -19,6 +19,7 @@ from tasks.settings_base import PromptFormat as PromptFormat
 from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_compare import MethodsConfig as MethodsConfig
+from tasks.settings_export import ExportConfig as ExportConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 from tasks.settings_iterate import IterateConfig as IterateConfig
@@ -256,13 +257,6 @@ class CompareConfig(MethodsConfig):
         title="Evaluate",
         description="Answers of every trained model; truth = none leaves them out, the held-out pairs remain",
     )
-
-
-class ExportConfig(StageConfig):
-    """What leaves the lake."""
-
-    model: str = Field("", title="Model", description="models/NAME, folder or hub name; empty: models/NAME, latest")
-    format: Literal["hf"] = Field("hf", title="Format", description="hf: a plain Hugging Face folder")
 
 
 class PipelineConfig(BaseModel):
