@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.decoding.sampling import SamplingConfig, sample
-from runtime.edge.budget import EdgeSettings, Memory, divide, needs
+from runtime.edge.budget import RunSettings, Memory, divide, needs
 from runtime.edge.bundle import Bundle, check_resident
 from runtime.edge.feedforward import FeedForward
 from runtime.edge.kv import FixedKV
@@ -37,8 +37,8 @@ class Report:
 class EdgeModel:
     """One conversation at a time with a bundle, on one thread and those that read."""
 
-    def __init__(self, bundle: Bundle, budget_bytes: int | None = None, settings: EdgeSettings | None = None) -> None:
-        self.bundle, self.settings = bundle, settings or EdgeSettings()
+    def __init__(self, bundle: Bundle, budget_bytes: int | None = None, settings: RunSettings | None = None) -> None:
+        self.bundle, self.settings = bundle, settings or RunSettings()
         resident = bundle.resident()
         check_resident(bundle, resident)
         name = self.settings.dtype or bundle.manifest.dtype

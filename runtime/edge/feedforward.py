@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, relu, silu
 
-from runtime.edge.budget import EdgeSettings, Memory, staging_bytes, stream_bytes
+from runtime.edge.budget import RunSettings, Memory, staging_bytes, stream_bytes
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import ALIGN, aligned
@@ -64,7 +64,7 @@ class FeedForward:
     """All layers of one bundle."""
 
     def __init__(
-        self, bundle: Bundle, resident: Mapping[str, Tensor], memory: Memory, settings: EdgeSettings, dtype: torch.dtype
+        self, bundle: Bundle, resident: Mapping[str, Tensor], memory: Memory, settings: RunSettings, dtype: torch.dtype
     ) -> None:
         manifest = bundle.manifest
         self.manifest, self.settings, self.dtype = manifest, settings, dtype
