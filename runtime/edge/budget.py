@@ -13,9 +13,11 @@ from transformers import PreTrainedConfig
 from runtime.edge.kv import kv_shape
 from runtime.edge.layout import ALIGN, aligned
 from runtime.edge.manifest import Manifest
+from runtime.edge.quantise import FLOATS
 from runtime.edge.reader import ReadSettings
 from runtime.errors import ConfigError
 
+DTYPES = FLOATS | {"float64": torch.float64}
 MOST_STAGING = 1 << 20
 SLOT_TABLES = 8 + 8 + 4 + 1  # bytes of bookkeeping per slot: free list, last use, owner, flag
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.manifest import MANIFEST, NEURONS, RESIDENT, FileEntry, LayerEntry, Manifest, check_places
+from runtime.edge.network import shape_of
 from runtime.edge.quantise import DEFAULT_GROUP, FLOATS, quantise
 from runtime.edge.records import LayerPlacement, LayerPredictor, Matrix, Profile, WeightFormat
-from runtime.edge.network import shape_of
 from runtime.edge.skeleton import config_of
 from runtime.errors import ConfigError, ModelError
 

@@ -2,8 +2,8 @@
 
 Gates are A @ B of rank 64: neuron i is active where w_i . z > theta_i, z being 63 directions of the residual and
 theta_i a 64th, constant one, chosen so that frequencies follow a beta(0.25, 2.25) law (mean 0.1, a few neurons
-nearly always, most hardly ever). 85 % of z's variance belong to a topic that changes every 64 tokens, so that about 0.7
-of a token's neurons were active in the token before, as in a trained ReLU model. The predictor [B; -B], [A, -A] is exact.
+nearly always, most hardly ever). 85 % of z's variance belong to a topic that changes every 64 tokens: about 0.7 of a
+token's neurons were active in the token before, as in a trained ReLU model. The predictor [B; -B], [A, -A] is exact.
 """
 
 from __future__ import annotations
