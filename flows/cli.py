@@ -8,7 +8,18 @@ from typing import cast
 
 import typer
 
-from flows import cli_compare, cli_demo, cli_lake, cli_query, cli_report, cli_run, cli_starter, cli_versions, cli_view
+from flows import (
+    cli_compare,
+    cli_demo,
+    cli_edge,
+    cli_lake,
+    cli_query,
+    cli_report,
+    cli_run,
+    cli_starter,
+    cli_versions,
+    cli_view,
+)
 from flows.cli_options import messages
 from tasks.errors import USER_ERRORS
 
@@ -31,6 +42,7 @@ cli_view.add_commands(app)
 cli_lake.add_commands(app)
 cli_report.add_commands(app)
 cli_versions.add_commands(app)
+cli_edge.add_commands(app)
 app.add_typer(cli_starter.app, name="starter")
 
 
