@@ -92,6 +92,8 @@ def _measured(
     stats = _sizes(config, writer) | figures(made.quality) | {"texts": text.n_texts, "dropped": text.n_dropped}
     if made.measured and made.measured.sparsity is not None:
         stats["sparsity"] = made.measured.sparsity
+    if made.engine_delta is not None:
+        stats["perplexity_delta_in_runtime"] = round(made.engine_delta, 6)
     layers = _layers(found)
     stats |= {"layers": cast(JsonValue, layers)} if layers else {}
     return stats | {"seconds": round(time.monotonic() - started, 1)}, layers

@@ -79,7 +79,9 @@ def hot_matrices(block: Tensor, n_hot: int, record: RecordLayout, stored: torch.
     """The matrices of a hot block (uint8), each a view of it."""
     found: dict[str, Matrix] = {}
     for name, (start, n_values, n_scales) in zip(record.matrices, record.hot_parts(n_hot), strict=True):
-        values = block[start : start + n_values].view(stored).view(n_hot, -1)
+        values = block[start : start + n_values].view(stored).view(n_hot, record.row[0] // stored.itemsize)
         scales = block[start + n_values : start + n_values + n_scales]
-        found[name] = Matrix(values, scales.view(torch.float16).view(n_hot, -1) if n_scales else None, record.format)
+        found[name] = Matrix(
+            values, scales.view(torch.float16).view(n_hot, record.row[1] // 2) if n_scales else None, record.format
+        )
     return found
