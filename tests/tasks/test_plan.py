@@ -80,6 +80,7 @@ OTHERS: dict[str, object] = {
     "report_to": "none",
     "truncation": "keep_end",
     "packing": True,
+    "relufy": True,
     "reference": "anew",
     "truth": "none",
     "s3d": "4",
@@ -105,6 +106,7 @@ READERS: dict[str, dict[str, object]] = {
     **{name: {"lora": True} for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")},
     "early_stopping": {"eval_steps": 100},
     "packing": {"method": "sft"},
+    "relufy": {"method": "sft"},
     "gguf_type": {"format": "gguf"},
 }
 
