@@ -13,15 +13,17 @@ from transformers import PreTrainedConfig
 from runtime.edge.kv import kv_shape
 from runtime.edge.layout import ALIGN, aligned
 from runtime.edge.manifest import Manifest
+from runtime.edge.quantise import FLOATS
 from runtime.edge.reader import ReadSettings
 from runtime.errors import ConfigError
 
+DTYPES = FLOATS | {"float64": torch.float64}
 MOST_STAGING = 1 << 20
 SLOT_TABLES = 8 + 8 + 4 + 1  # bytes of bookkeeping per slot: free list, last use, owner, flag
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeSettings:
+class RunSettings:
     """How a bundle runs. Nothing here changes what is computed, but `dtype`."""
 
     max_tokens: int = 1024  # prompt and answer
@@ -76,7 +78,7 @@ def needs(manifest: Manifest, resident: Mapping[str, Tensor], config: PreTrained
     return Needs(manifest, sizes["weights"], sizes["fc"], sizes["gate"], kv, frequency)
 
 
-def divide(needs: Needs, settings: EdgeSettings, dtype: torch.dtype, budget: int | None) -> Memory:
+def divide(needs: Needs, settings: RunSettings, dtype: torch.dtype, budget: int | None) -> Memory:
     """How `budget` bytes are used; None is as much as everything takes. ConfigError says what the least is."""
     manifest, fixed = needs.manifest, fixed_bytes(needs, settings, dtype)
     slot_bytes = manifest.record.record_bytes + SLOT_TABLES
@@ -95,7 +97,7 @@ def divide(needs: Needs, settings: EdgeSettings, dtype: torch.dtype, budget: int
     return Memory(fixed, slot_bytes, _share(n_slots, least, needs.frequency))
 
 
-def budget_of(needs: Needs, settings: EdgeSettings, dtype: torch.dtype, share: float) -> int:
+def budget_of(needs: Needs, settings: RunSettings, dtype: torch.dtype, share: float) -> int:
     """Bytes with which `share` of all neurons is in memory at a time, hot and cached, beside all that always is."""
     fixed = fixed_bytes(needs, settings, dtype)
     n_neurons = needs.manifest.shape.n_layers * needs.manifest.shape.intermediate
@@ -114,7 +116,7 @@ def stream_bytes(manifest: Manifest) -> int:
     return aligned(manifest.block * manifest.record.stride) + 2 * ALIGN
 
 
-def fixed_bytes(needs: Needs, settings: EdgeSettings, dtype: torch.dtype) -> dict[str, int]:
+def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict[str, int]:
     """What is always in memory, by purpose."""
     manifest, item = needs.manifest, dtype.itemsize
     shape, record = manifest.shape, manifest.record

@@ -11,15 +11,17 @@ from typing import BinaryIO, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.manifest import MANIFEST, NEURONS, RESIDENT, FileEntry, LayerEntry, Manifest, check_places
+from runtime.edge.network import shape_of
 from runtime.edge.quantise import DEFAULT_GROUP, FLOATS, quantise
 from runtime.edge.records import LayerPlacement, LayerPredictor, Matrix, Profile, WeightFormat
-from runtime.edge.skeleton import config_of, shape_of
+from runtime.edge.skeleton import config_of
 from runtime.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = (
@@ -95,9 +97,9 @@ def _new(folder: Path) -> Iterator[None]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f'the bundle cannot be written to "{folder}": {error.strerror or error}; '
+            f'the bundle cannot be written to "{folder}": {getattr(error, "strerror", None) or error}; '
             "give a folder on a writable disk with room for it"
         ) from error
 

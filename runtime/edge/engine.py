@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from runtime.decoding.sampling import SamplingConfig, sample
-from runtime.edge.budget import EdgeSettings, Memory, divide, needs
+from runtime.edge.budget import DTYPES, Memory, RunSettings, budget_of, divide, needs
 from runtime.edge.bundle import Bundle, check_resident
 from runtime.edge.feedforward import FeedForward
 from runtime.edge.kv import FixedKV
-from runtime.edge.quantise import FLOATS
 from runtime.edge.skeleton import build
 from runtime.errors import ConfigError, InputError, ModelError, PromptTooLong
 from runtime.randomness import row_key
-
-DTYPES = FLOATS | {"float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +34,16 @@ class Report:
 class EdgeModel:
     """One conversation at a time with a bundle, on one thread and those that read."""
 
-    def __init__(self, bundle: Bundle, budget_bytes: int | None = None, settings: EdgeSettings | None = None) -> None:
-        self.bundle, self.settings = bundle, settings or EdgeSettings()
+    def __init__(
+        self,
+        bundle: Bundle,
+        budget_bytes: int | None = None,
+        settings: RunSettings | None = None,
+        share: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`budget_bytes` are for everything; instead, `share` of all neurons may be in memory beside the rest."""
+        self.bundle, self.settings = bundle, settings or RunSettings()
         resident = bundle.resident()
         check_resident(bundle, resident)
         name = self.settings.dtype or bundle.manifest.dtype
@@ -47,10 +52,13 @@ class EdgeModel:
         self.dtype = DTYPES[name]
         self.model = build(bundle.manifest, resident, self.dtype)
         self.needs = needs(bundle.manifest, resident, self.model.config)
+        if share is not None:
+            budget_bytes = budget_of(self.needs, self.settings, self.dtype, share)
         self.memory = divide(self.needs, self.settings, self.dtype, budget_bytes)
-        self.ffn = FeedForward(bundle, resident, self.memory, self.settings, self.dtype)
+        self.ffn = FeedForward(bundle, resident, self.memory, self.settings, clock)
         self.kv = FixedKV(self.model.config, self.settings.max_tokens, self.dtype)
         self.ids: list[int] = []
+        self.clock = clock
         self.seconds = 0.0
 
     def close(self) -> None:
@@ -70,9 +78,9 @@ class EdgeModel:
 
     def step(self, token: int) -> Tensor:
         """Logits (vocabulary,) behind one more token, its neurons computed by prediction."""
-        started = time.perf_counter()
+        started = self.clock()
         logits = self._pass([token], self._decode)
-        self.seconds += time.perf_counter() - started
+        self.seconds += self.clock() - started
         self.ffn.activity.n_tokens += 1
         return logits[-1]
 

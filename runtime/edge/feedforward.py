@@ -4,7 +4,7 @@ What is computed, in which order and in blocks of which size, is decided by the 
 what happens to be in memory decides only when.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear, relu, silu
 
-from runtime.edge.budget import EdgeSettings, Memory, staging_bytes, stream_bytes
+from runtime.edge.budget import DTYPES, Memory, RunSettings, staging_bytes, stream_bytes
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import ALIGN, aligned
@@ -64,15 +64,21 @@ class FeedForward:
     """All layers of one bundle."""
 
     def __init__(
-        self, bundle: Bundle, resident: Mapping[str, Tensor], memory: Memory, settings: EdgeSettings, dtype: torch.dtype
+        self,
+        bundle: Bundle,
+        resident: Mapping[str, Tensor],
+        memory: Memory,
+        settings: RunSettings,
+        clock: Callable[[], float],
     ) -> None:
         manifest = bundle.manifest
+        dtype = DTYPES[settings.dtype or manifest.dtype]
         self.manifest, self.settings, self.dtype = manifest, settings, dtype
         self.block, self.tick, self.activity = manifest.block, 0, Activity()
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.activation = relu if manifest.shape.activation == "relu" else silu
         stored = value_dtype(manifest)
-        self.reader = Reader(bundle.neurons, manifest.record, settings.read, staging_bytes(manifest))
+        self.reader = Reader(bundle.neurons, manifest.record, settings.read, staging_bytes(manifest), clock)
         self.rows = Rows(sum(memory.slots), manifest.record, stored)
         self.workspace = Workspace(self.block, manifest.record, stored, dtype)
         self.streams = [page_aligned(stream_bytes(manifest)) for _ in range(2)]

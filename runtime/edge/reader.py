@@ -3,8 +3,7 @@
 import mmap
 import os
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from runtime.edge.placement import read_runs
 from runtime.edge.store import Rows
 from runtime.errors import BundleError
 
+Clock = Callable[[], float]
 PIECE = 1 << 19  # bytes of one sequential read
 
 
@@ -63,8 +63,11 @@ class Target:
 class Reader:
     """The neuron file of one bundle."""
 
-    def __init__(self, path: Path, record: RecordLayout, settings: ReadSettings, staging_bytes: int) -> None:
+    def __init__(
+        self, path: Path, record: RecordLayout, settings: ReadSettings, staging_bytes: int, clock: Clock
+    ) -> None:
         self.record, self.settings, self.counters = record, settings, Counters()
+        self.clock = clock
         self.staging_bytes = staging_bytes  # of each thread
         self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
         self.file, self.is_direct = _open(path, settings.direct)
@@ -111,10 +114,10 @@ class Reader:
 
     def wait(self, jobs: Sequence[Job]) -> None:
         """Until all `jobs` are done."""
-        started = time.perf_counter()
+        started = self.clock()
         for job in jobs:
             job.future.result()
-        self.counters.wait_s += time.perf_counter() - started
+        self.counters.wait_s += self.clock() - started
 
     def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Reads [begin, end) for one thread each: about as many for all, and no more than fit its memory."""

@@ -9,13 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runtime.edge.manifest import Manifest
+from runtime.edge.network import ARCHITECTURES, shape_of
+from runtime.edge.network import check_architecture as check_feed_forward
 from runtime.edge.quantise import FLOATS
-from runtime.edge.records import FfnShape
 from runtime.errors import BundleError, ModelError
 from runtime.kv.attention import check_supported
 
-# Two norms around attention and feed-forward, separate gate and up.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 CONFIG_KEYS = (
     "model_type",
     "vocab_size",
@@ -39,8 +38,9 @@ CONFIG_KEYS = (
 
 def config_of(model: PreTrainedModel) -> dict[str, object]:
     """What a bundle keeps of the model's configuration; ModelError when it cannot run as a bundle."""
+    shape = shape_of(model)
     check_architecture(model.config)
-    found = model.config.to_dict()
+    found = model.config.to_dict() | {"hidden_act": shape.activation}
     kept = {key: found[key] for key in CONFIG_KEYS if found.get(key) is not None}
     ends = getattr(model.generation_config, "eos_token_id", None)
     return kept | ({} if ends is None else {"eos_token_id": ends})
@@ -48,12 +48,7 @@ def config_of(model: PreTrainedModel) -> dict[str, object]:
 
 def check_architecture(config: PreTrainedConfig) -> None:
     """Raise ModelError for a model whose layers the engine would compute wrongly."""
-    if config.model_type not in SUPPORTED:
-        raise ModelError(f"model type {config.model_type!r} cannot run as a bundle; use one of {', '.join(SUPPORTED)}")
-    if config.hidden_act not in ("relu", "silu"):
-        raise ModelError(f'hidden_act = "{config.hidden_act}" cannot run as a bundle; use a model with relu or silu')
-    if getattr(config, "mlp_bias", False):
-        raise ModelError("feed-forward layers with a bias cannot run as a bundle")
+    check_feed_forward(config.model_type, config.hidden_act)
     kinds = getattr(config, "layer_types", None) or []
     is_windowed = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
     if is_windowed:
@@ -63,9 +58,7 @@ def check_architecture(config: PreTrainedConfig) -> None:
 
 def build(manifest: Manifest, resident: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """The model of a bundle with its resident weights and no feed-forward layers."""
-    config = _config(manifest)
-    with torch.device("meta"):
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    config, model = _empty(manifest)
     for layer in model.model.layers:
         layer.mlp = torch.nn.Identity()
     weights = {name: tensor.to(dtype) for name, tensor in resident.items() if not name.startswith("edge.")}
@@ -78,11 +71,25 @@ def build(manifest: Manifest, resident: Mapping[str, Tensor], dtype: torch.dtype
     if extra := set(weights) - set(wanted):
         raise BundleError(f"the bundle has a weight {min(extra)!r} that its model has not; export it again")
     model.load_state_dict(weights, strict=True, assign=True)
-    # Its tables are no weights: they were made on the meta device like everything else.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.eval()  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     return model
+
+
+def _empty(manifest: Manifest) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """The model without weights."""
+    try:
+        config = _config(manifest)
+        with torch.device("meta"):
+            model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        # Its tables are no weights: they were made on the meta device like everything else.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a configuration from anywhere makes transformers do
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:100]
+        raise BundleError(f"the bundle's model configuration is refused: {reason}") from error
+    return config, model
 
 
 def _config(manifest: Manifest) -> PreTrainedConfig:
@@ -90,23 +97,16 @@ def _config(manifest: Manifest) -> PreTrainedConfig:
     if unknown := set(found) - set(CONFIG_KEYS):
         raise BundleError(f"the bundle's model configuration has {min(unknown)!r}, which is not known")
     kind = found.pop("model_type", None)
-    if kind not in SUPPORTED:
-        raise BundleError(f"the bundle's model type {kind!r} is none of {', '.join(SUPPORTED)}")
+    if kind not in ARCHITECTURES:
+        raise BundleError(f"the bundle's model type {str(kind)[:40]!r} is none of {', '.join(ARCHITECTURES)}")
     sizes = (found.get("num_hidden_layers"), found.get("hidden_size"), found.get("intermediate_size"))
     shape = manifest.shape
     if sizes != (shape.n_layers, shape.hidden, shape.intermediate) or found.get("hidden_act") != shape.activation:
         raise BundleError("the bundle's shape and its model configuration differ; export it again")
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(str(kind), **found)
-        check_architecture(config)
-        config.dtype = FLOATS[manifest.dtype]
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise BundleError(f"the bundle's model configuration is refused: {str(error)[:100]}") from error
+    if kind == "mistral":
+        found["sliding_window"] = None  # others than this were refused when it was written
+    config: PreTrainedConfig = AutoConfig.for_model(str(kind), **found)
+    check_architecture(config)
+    config.dtype = FLOATS[manifest.dtype]
     config._attn_implementation = "sdpa"
     return config
-
-
-def shape_of(model: PreTrainedModel) -> FfnShape:
-    """The feed-forward shape of a model that `check_architecture` takes."""
-    config = model.config
-    return FfnShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.hidden_act)
