@@ -8,7 +8,18 @@ from typing import cast
 
 import typer
 
-from flows import cli_compare, cli_demo, cli_lake, cli_query, cli_report, cli_run, cli_starter, cli_versions, cli_view
+from flows import (
+    cli_compare,
+    cli_demo,
+    cli_export,
+    cli_lake,
+    cli_query,
+    cli_report,
+    cli_run,
+    cli_starter,
+    cli_versions,
+    cli_view,
+)
 from flows.cli_options import messages
 from tasks.errors import USER_ERRORS
 
@@ -26,6 +37,7 @@ app = typer.Typer(
 cli_demo.add_commands(app)
 cli_run.add_commands(app)
 cli_compare.add_commands(app)
+cli_export.add_commands(app)
 cli_query.add_commands(app)
 cli_view.add_commands(app)
 cli_lake.add_commands(app)

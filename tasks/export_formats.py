@@ -1,6 +1,6 @@
 """What is written in each format of an export, into a local folder; and what it costs, measured on what was written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +19,12 @@ GGUF_FILE, POWERINFER_FILE = "model.gguf", "model.powerinfer.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An export in a folder: its cost, what was measured of the neurons, and the cost in our own runtime."""
+    """An export in a folder: its cost, what was measured of the neurons, and cost and memory in our own runtime."""
 
     quality: "Quality"
     measured: "Measured | None" = None
     engine_delta: float | None = None
+    plans: Sequence[Mapping[str, float | int]] = ()
 
 
 def edge_settings(config: ExportConfig) -> "ExportSettings":
@@ -52,6 +53,7 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
     from runtime.edge.bundle_write import Contents
     from runtime.edge.bundle_write import write_bundle as write
     from runtime.edge.measure import check_engine, measure
+    from runtime.edge.plans import plans
     from runtime.edge.quality import engine_delta
 
     settings = edge_settings(config)
@@ -70,7 +72,7 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
     write(folder, contents)
     delta = engine_delta(folder, loaded.model, text.held_out)
     check_engine(delta, settings)
-    return Made(found.quality, found, delta)
+    return Made(found.quality, found, delta, plans(folder))
 
 
 def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText, config: ExportConfig) -> Made:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.edge.budget import EdgeSettings
+from runtime.edge.budget import RunSettings
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
 from runtime.edge.network import ffn_layers
@@ -64,7 +64,7 @@ def engine_delta(folder: Path, model: PreTrainedModel, text: Sequence[TokenBatch
     the memory it has.
     """
     rows = list(_first(text, ENGINE_TOKENS))
-    settings = EdgeSettings(max_tokens=max(row.token_ids.shape[1] for row in rows))
+    settings = RunSettings(max_tokens=max(row.token_ids.shape[1] for row in rows))
     with EdgeModel(open_bundle(folder), None, settings) as engine:
         found = perplexity(lambda token_ids: engine.forward(token_ids[0].tolist())[None], rows)
     return found / perplexity(logits_of(model), rows) - 1
