@@ -12,6 +12,7 @@ from flows import (
     cli_compare,
     cli_demo,
     cli_edge,
+    cli_export,
     cli_lake,
     cli_query,
     cli_report,
@@ -37,6 +38,7 @@ app = typer.Typer(
 cli_demo.add_commands(app)
 cli_run.add_commands(app)
 cli_compare.add_commands(app)
+cli_export.add_commands(app)
 cli_query.add_commands(app)
 cli_view.add_commands(app)
 cli_lake.add_commands(app)

@@ -13,7 +13,7 @@ from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.scratch import scratch
 from storage.writer import Shard, VersionWriter
-from tasks.artifacts import Cell, show_stage
+from tasks.artifacts import Cell, show_stage, show_table
 from tasks.calibration_text import calibration_text, pin_text
 from tasks.errors import ConfigError, ModelError
 from tasks.models import load_policy_model, model_identity, model_path, use_threads
@@ -62,7 +62,8 @@ def export(step: Step, lake_root: str) -> DatasetRef:
     else:
         stats, rows = _measured(step, config, lake, writer)
     ref = writer.commit(step.provenance(stats))
-    show_stage(ref, stats, rows)
+    show_stage(ref, {key: value for key, value in stats.items() if key not in ("layers", "plans")}, rows)
+    show_table(ref, "plan", cast(list[dict[str, Cell]], stats.get("plans", [])))
     show_pictures(lake, ref)
     return ref
 
@@ -92,7 +93,10 @@ def _measured(
     stats = _sizes(config, writer) | figures(made.quality) | {"texts": text.n_texts, "dropped": text.n_dropped}
     if made.measured and made.measured.sparsity is not None:
         stats["sparsity"] = made.measured.sparsity
-    layers = _layers(found)
+    if made.engine_delta is not None:
+        stats["perplexity_delta_in_runtime"] = round(made.engine_delta, 6)
+    layers, plans = _layers(found), [dict(row) for row in made.plans]
+    stats |= {"plans": cast(JsonValue, plans)} if plans else {}
     stats |= {"layers": cast(JsonValue, layers)} if layers else {}
     return stats | {"seconds": round(time.monotonic() - started, 1)}, layers
 

@@ -1,6 +1,6 @@
 """What is written in each format of an export, into a local folder; and what it costs, measured on what was written."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from tasks.calibration_text import CalibrationText
 from tasks.settings import ExportConfig
 
 if TYPE_CHECKING:
-    from runtime.edge.measure import EdgeSettings, Measured
+    from runtime.edge.measure import ExportSettings, Measured
     from runtime.edge.quality import Quality
     from runtime.models import LoadedModel
 
@@ -19,21 +19,23 @@ GGUF_FILE, POWERINFER_FILE = "model.gguf", "model.powerinfer.gguf"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An export in a folder: its cost, and what was measured of the model where neurons matter."""
+    """An export in a folder: its cost, what was measured of the neurons, and cost and memory in our own runtime."""
 
     quality: "Quality"
     measured: "Measured | None" = None
+    engine_delta: float | None = None
+    plans: Sequence[Mapping[str, float | int]] = ()
 
 
-def edge_settings(config: ExportConfig) -> "EdgeSettings":
+def edge_settings(config: ExportConfig) -> "ExportSettings":
     """The runtime's settings."""
-    from runtime.edge.measure import EdgeSettings
+    from runtime.edge.measure import ExportSettings
     from runtime.edge.predictor import PredictorSettings
 
     kind = config.predictor
     if config.format == "powerinfer" and kind == "auto":
         kind = "low_rank"  # the format has no gates without predictors
-    return EdgeSettings(
+    return ExportSettings(
         weight_format=config.weight_format if config.format == "bundle" else "float32",
         group=config.group,
         predictor=PredictorSettings(
@@ -50,9 +52,12 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
     """For our own runtime."""
     from runtime.edge.bundle_write import Contents
     from runtime.edge.bundle_write import write_bundle as write
-    from runtime.edge.measure import measure
+    from runtime.edge.measure import check_engine, measure
+    from runtime.edge.plans import plans
+    from runtime.edge.quality import engine_delta
 
-    found = measure(loaded, text.fitted, text.held_out, edge_settings(config))
+    settings = edge_settings(config)
+    found = measure(loaded, text.fitted, text.held_out, settings)
     promise = {"promised_delta": config.max_perplexity_delta / 100}
     contents = Contents(
         model=loaded.model,
@@ -65,7 +70,9 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
         quality=figures(found.quality) | promise,
     )
     write(folder, contents)
-    return Made(found.quality, found)
+    delta = engine_delta(folder, loaded.model, text.held_out)
+    check_engine(delta, settings)
+    return Made(found.quality, found, delta, plans(folder))
 
 
 def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText, config: ExportConfig) -> Made:

@@ -71,7 +71,9 @@ class ExportConfig(StageConfig):
         "chat", title="Prompt format", description="chat applies the chat template; text encodes the message as it is"
     )
     seed: int = Field(0, title="Seed", description="Of the sampled tokens", ge=0, lt=2**31)
-    threads: int = Field(2, title="Threads", description="Threads torch may use", ge=1, le=256)
+    threads: int = Field(
+        1, title="Threads", description="Threads torch may use; our runtime has one, and others that read", ge=1, le=256
+    )
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

@@ -23,7 +23,7 @@ class QualityError(ModelError):
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeSettings:
+class ExportSettings:
     """sparsity: of SiLU models; None is the most that keeps the promise. max_delta: promised, as a share (0.005)."""
 
     weight_format: WeightFormat = "bfloat16"
@@ -47,7 +47,7 @@ class Measured:
 
 
 def measure(
-    loaded: LoadedModel, fitted: Sequence[TokenBatch], held_out: Sequence[TokenBatch], settings: EdgeSettings
+    loaded: LoadedModel, fitted: Sequence[TokenBatch], held_out: Sequence[TokenBatch], settings: ExportSettings
 ) -> Measured:
     """Calibrate on `fitted`, ask `held_out` what it costs; QualityError where that is more than promised."""
     model, shape = loaded.model, shape_of(loaded.model)
@@ -68,7 +68,7 @@ def measure(
     return Measured(found, predictors, placements, cost, sparsity)
 
 
-def check_promise(cost: Quality, settings: EdgeSettings, weights: str = "") -> None:
+def check_promise(cost: Quality, settings: ExportSettings, weights: str = "") -> None:
     """QualityError names the parts; weights: the setting that their numbers come from."""
     if cost.delta <= settings.max_delta:
         return
@@ -76,14 +76,24 @@ def check_promise(cost: Quality, settings: EdgeSettings, weights: str = "") -> N
     weights = weights or f"weight_format = {settings.weight_format}"
     more = "lower sparsity" if settings.sparsity else "raise recall"
     fix = more if by_weights < cost.delta / 2 else f"use more bits than {weights}"
-    raise QualityError(
-        f"perplexity rises by {cost.delta:.2%} ({by_weights:.2%} by {weights}), above the promised "
-        f"{settings.max_delta:.2%}, so nothing is published; {fix}, or raise max_perplexity_delta"
+    raise _broken(cost.delta, f" ({by_weights:.2%} by {weights})", settings.max_delta, fix)
+
+
+def check_engine(delta: float, settings: ExportSettings) -> None:
+    """The same for what our runtime computes from a written bundle."""
+    if delta > settings.max_delta:
+        raise _broken(delta, " in our own runtime", settings.max_delta, "use weight_format = float32")
+
+
+def _broken(delta: float, where: str, promised: float, fix: str) -> QualityError:
+    return QualityError(
+        f"perplexity rises by {delta:.2%}{where}, above the promised {promised:.2%}, so nothing is published; {fix}, "
+        "or raise max_perplexity_delta"
     )
 
 
 def _most_sparsity(
-    loaded: LoadedModel, fitted: Sequence[TokenBatch], held_out: Sequence[TokenBatch], settings: EdgeSettings
+    loaded: LoadedModel, fitted: Sequence[TokenBatch], held_out: Sequence[TokenBatch], settings: ExportSettings
 ) -> float:
     """The largest of SPARSITIES with which perplexity stays within the promise; 0 where there is none."""
     shape, stored = shape_of(loaded.model), as_stored(loaded.model, settings.weight_format, settings.group)

@@ -157,11 +157,7 @@ def _edge(
         n_warm = 2 if settings.keeps is False else WARM
         for token in ids[WARM - n_warm : WARM]:
             watched(token)
-        hits, reads, counted = (
-            (activity.n_missing, activity.n_active),
-            model.report().n_reads,
-            model.report().read_bytes,
-        )
+        hits, first = (activity.n_missing, activity.n_active), model.report()
         found = _measured(watched, ids[WARM:], n_warm=0)
         n, report = len(ids) - WARM, model.report()
         n_active = activity.n_active - hits[1]
