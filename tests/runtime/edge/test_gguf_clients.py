@@ -47,7 +47,7 @@ def _perplexity_of(tool: Path, model: Path, threshold: float | None = None) -> f
 
 
 def _perplexities(model: torch.nn.Module, loaded: LoadedModel) -> list[float]:
-    """As the tools count, by the second half of every chunk; versions differ in whether they put a space and a start."""
+    """As the tools count, by the second half of every chunk; some put a space or a start in front, some do not."""
     return [_perplexity(model, loaded, text, starts) for text in (TEXT, f" {TEXT}") for starts in (False, True)]
 
 
