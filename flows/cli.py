@@ -11,6 +11,7 @@ import typer
 from flows import (
     cli_compare,
     cli_demo,
+    cli_edge,
     cli_export,
     cli_lake,
     cli_query,
@@ -43,6 +44,7 @@ cli_view.add_commands(app)
 cli_lake.add_commands(app)
 cli_report.add_commands(app)
 cli_versions.add_commands(app)
+cli_edge.add_commands(app)
 app.add_typer(cli_starter.app, name="starter")
 
 

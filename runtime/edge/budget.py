@@ -29,6 +29,7 @@ class RunSettings:
     max_tokens: int = 1024  # prompt and answer
     prefill_tokens: int = 256  # that share one pass over the bundle
     read: ReadSettings = ReadSettings()
+    overlaps: bool = True  # compute what is there while the rest is read
     prefetch: bool = True  # read what the next layer probably needs during its attention
     two_phase: bool = False  # up and down only of neurons whose gate turns out to be active
     keeps: bool = True  # False: nothing cold stays in memory

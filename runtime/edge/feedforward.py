@@ -23,6 +23,7 @@ from runtime.edge.records import LayerPredictor, Matrix
 from runtime.edge.store import Rows, Workspace, hot_matrices
 
 Block = tuple[int, int, NDArray[np.uint8] | None]  # first and last cold neuron, records if not in the cache
+SHAPES = 8  # sizes of blocks that occur
 RECENT = 64  # tokens of a prompt whose neurons stay in memory
 
 
@@ -75,6 +76,7 @@ class FeedForward:
         dtype = DTYPES[settings.dtype or manifest.dtype]
         self.manifest, self.settings, self.dtype = manifest, settings, dtype
         self.block, self.tick, self.activity = manifest.block, 0, Activity()
+        self.pad = max(8, self.block // SHAPES)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.activation = relu if manifest.shape.activation == "relu" else silu
         stored = value_dtype(manifest)
@@ -98,6 +100,8 @@ class FeedForward:
         for start in range(0, max(1, len(wanted)), n_group):
             group = wanted[start : start + n_group]
             slots, jobs = self._fetch(layer, group)
+            if not self.settings.overlaps:
+                self.reader.wait(jobs)
             if total is None:  # while the reads are under way
                 total = self._hot(layer, x, gates)
             for part in self._blocks(layer, x, (group, slots, jobs), gates):
@@ -286,13 +290,12 @@ class FeedForward:
             ready = [start for start in left if all(job.future.done() for job in self._jobs_of(jobs, wanted, start))]
             start = (ready or left)[0]
             self.reader.wait(self._jobs_of(jobs, wanted, start))
-            jobs = [job for job in jobs if not job.future.done()]
-            places = torch.from_numpy(slots[start : start + self.block] + layer.first_slot)
+            places = self._places(layer, slots, start)
             if gates is None:
                 gate = linear(x, self.workspace.from_rows(self.rows, "gate", places))
             else:
-                gate = gates[:, torch.from_numpy(wanted[start : start + self.block] + layer.n_hot)]
-            found[start] = self._finish(x, self.activation(gate), places)
+                gate = gates[:, self._padded(wanted, start) + layer.n_hot]
+            found[start] = self._finish(x, self._closed(self.activation(gate), len(wanted) - start), places)
             left.remove(start)
         self.reader.wait(jobs)  # reads ahead that nobody wanted in the end
         return [found[start] for start in starts]
@@ -303,19 +306,34 @@ class FeedForward:
         self.reader.wait(jobs)
         acts: list[Tensor] = []
         for start in range(0, len(wanted), self.block):
-            places = torch.from_numpy(slots[start : start + self.block] + layer.first_slot)
-            acts.append(self.activation(linear(x, self.workspace.from_rows(self.rows, "gate", places))))
+            gate = linear(x, self.workspace.from_rows(self.rows, "gate", self._places(layer, slots, start)))
+            acts.append(self._closed(self.activation(gate), len(wanted) - start))
         if not acts:
             return []
-        is_open = (torch.cat(acts, dim=1)[0] != 0).numpy()
+        is_open = (torch.cat(acts, dim=1)[0, : len(wanted)] != 0).numpy()
         needed = np.flatnonzero(is_open & ~layer.cache.is_whole[slots])
         layer.cache.is_whole[slots[needed]] = True
         part = slice(1, len(self.manifest.record.matrices))
         self.reader.wait(self._read(layer, wanted[needed], slots[needed], part))
-        return [
-            self._finish(x, act, torch.from_numpy(slots[i * self.block : (i + 1) * self.block] + layer.first_slot))
-            for i, act in enumerate(acts)
-        ]
+        return [self._finish(x, act, self._places(layer, slots, index * self.block)) for index, act in enumerate(acts)]
+
+    def _places(self, layer: Layer, slots: Indices, start: int) -> Tensor:
+        """The rows of a block of active neurons in the store."""
+        return self._padded(slots, start) + layer.first_slot
+
+    def _padded(self, ids: Indices, start: int) -> Tensor:
+        """A block of `ids`, the last one repeated up to a multiple of `pad`.
+
+        The matrix library keeps a program per shape: with every number of rows they would be hundreds, of 200 KB each.
+        """
+        part = ids[start : start + self.block]
+        n_padded = min(-(-len(part) // self.pad) * self.pad, self.block)
+        return torch.from_numpy(np.concatenate([part, np.repeat(part[-1:], n_padded - len(part))]))
+
+    def _closed(self, act: Tensor, n_real: int) -> Tensor:
+        """Without what padding repeats."""
+        act[:, n_real:] = 0
+        return act
 
     def _finish(self, x: Tensor, act: Tensor, places: Tensor) -> Tensor:
         hidden = act * linear(x, self.workspace.from_rows(self.rows, "up", places))

@@ -24,7 +24,7 @@ from runtime.edge.records import FfnShape, LayerPlacement, LayerPredictor, Layer
 RANK, N_TOPICS, TOPIC_TOKENS = 64, 64, 64
 SIZES = {
     "1g": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "vocab_size": 8192},
-    "small": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1024},
+    "small": {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 1024},
 }
 SHARE = 0.85  # of the variance, that is the topic's
 
@@ -35,13 +35,6 @@ class Synthetic:
 
     model: LlamaForCausalLM
     predictors: tuple[LayerPredictor, ...]
-
-    def tokens(self, n: int, seed: int) -> list[int]:
-        """A text: runs of tokens of one topic each."""
-        rng = np.random.default_rng(seed)
-        n_vocabulary = self.model.config.vocab_size
-        topics = np.repeat(rng.integers(0, N_TOPICS, -(-n // TOPIC_TOKENS)), TOPIC_TOKENS)[:n]
-        return (rng.integers(0, n_vocabulary // N_TOPICS, n) * N_TOPICS + topics).tolist()
 
     def profile(self, ids: Sequence[int]) -> Profile:
         """Which neurons are active in a text."""
@@ -55,6 +48,21 @@ class Synthetic:
             hook.remove()
         shape = FfnShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, "relu")
         return Profile(shape, tuple(layers), len(ids))
+
+
+def text(size: str, n: int, seed: int, topic_tokens: int = TOPIC_TOKENS) -> list[int]:
+    """Runs of tokens of one topic each, every topic once before one comes again."""
+    rng = np.random.default_rng(seed)
+    n_runs = -(-n // topic_tokens)
+    order = np.concatenate([rng.permutation(N_TOPICS) for _ in range(-(-n_runs // N_TOPICS))])[:n_runs]
+    own = rng.integers(0, SIZES[size]["vocab_size"] // N_TOPICS, n)
+    return (own * N_TOPICS + np.repeat(order, topic_tokens)[:n]).tolist()
+
+
+def reuse(layer: LayerProfile, n_neurons: int) -> float:
+    """Share of a token's neurons that were active in the token before."""
+    active = np.unpackbits(layer.active, axis=1, count=n_neurons).astype(bool)
+    return float((active[1:] & active[:-1]).sum() / active[1:].sum())
 
 
 def build(size: str, seed: int = 0) -> Synthetic:

@@ -39,6 +39,9 @@ COMMANDS = (
     "verify",
     "copy",
     "gc",
+    "chat",
+    "plan-edge",
+    "probe",
     "starter build",
     "starter check",
 )

@@ -26,6 +26,7 @@ WAYS = {
     "plain": SETTINGS,
     "two phases": replace(SETTINGS, two_phase=True),
     "no prefetch": replace(SETTINGS, prefetch=False),
+    "no overlap": replace(SETTINGS, overlaps=False, prefetch=False),
     "nothing kept": replace(SETTINGS, keeps=False),
     "by matrix": replace(SETTINGS, by_matrix=True),
     "merged over gaps": replace(SETTINGS, read=ReadSettings(threads=1, gap=3)),
