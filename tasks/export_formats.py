@@ -78,6 +78,7 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
 def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText, config: ExportConfig) -> Made:
     """PowerInfer's file, measured as it was written."""
     from runtime.edge import gguf
+    from runtime.edge.gguf_gpuidx import write_gpuidx
     from runtime.edge.gguf_read import sparse_model
     from runtime.edge.gguf_weights import Sparsity
     from runtime.edge.measure import check_promise, measure
@@ -89,6 +90,9 @@ def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText,
     sparsity = Sparsity(found.predictors, found.placements)
     path = folder / POWERINFER_FILE
     gguf.write_powerinfer(path, loaded, sparsity, gguf.GgufSettings(config.gguf_type, config.name))
+    row = 2 * loaded.model.config.hidden_size  # gate, up and down of a neuron, at most F16
+    hot_bytes = sum(3 * row * placement.n_hot for placement in found.placements)
+    write_gpuidx(path.with_name(f"{path.name}.generated.gpuidx"), found.placements, hot_bytes)
     model, predictors = sparse_model(path, loaded.model)
     cost = quality(loaded.model, model, (predictors, [0.0] * len(predictors)), text.held_out)
     check_promise(cost, settings, f"gguf_type = {config.gguf_type}")

@@ -49,7 +49,8 @@ def _predicted(figures: dict[int, dict[str, float]]) -> Picture:
     with settings():
         figure, (left, right) = new_figure(2)
         _line(left, layers, [figures[layer]["recall"] for layer in layers], ("recall", 0))
-        left.set(title="active neurons that are predicted", xlabel="layer")
+        lowest = min(one["recall"] for one in figures.values())
+        left.set(title="active neurons that are predicted", xlabel="layer", ylim=(min(0.9, lowest - 0.02), 1.005))
         _line(right, layers, [figures[layer]["active"] for layer in layers], ("active", 0))
         _line(right, layers, [figures[layer]["predicted"] for layer in layers], ("predicted", 1))
         right.set(title="share of all neurons", xlabel="layer", ylim=(0, 1.02))
