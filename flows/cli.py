@@ -12,6 +12,8 @@ from flows import (
     cli_compare,
     cli_demo,
     cli_deploy,
+    cli_edge,
+    cli_export,
     cli_lake,
     cli_query,
     cli_report,
@@ -37,12 +39,14 @@ app = typer.Typer(
 cli_demo.add_commands(app)
 cli_run.add_commands(app)
 cli_compare.add_commands(app)
+cli_export.add_commands(app)
 cli_query.add_commands(app)
 cli_view.add_commands(app)
 cli_lake.add_commands(app)
 cli_report.add_commands(app)
 cli_versions.add_commands(app)
 cli_deploy.add_commands(app)
+cli_edge.add_commands(app)
 app.add_typer(cli_starter.app, name="starter")
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import cast
 
 import typer
@@ -42,6 +43,7 @@ def demo(lake: LakeOption = DEFAULT_LAKE, as_json: JsonOption = False, verbose: 
 
 def _report(refs: Mapping[str, DatasetRef], cached: Mapping[str, bool], lake: Lake) -> dict[str, object]:
     from storage.catalog import query
+    from tasks.edge_answer import edge_answer
 
     stats = {stage: lake.manifest(ref).stats for stage, ref in refs.items()}
     result = query(lake, QUERY)
@@ -51,6 +53,7 @@ def _report(refs: Mapping[str, DatasetRef], cached: Mapping[str, bool], lake: La
         "pairs_per_group": stats["assemble"]["pairs_per_group"],
         "groups": stats["evaluate"]["groups"],
         "worst_group": stats["evaluate"]["worst_group"],
+        "edge": asdict(edge_answer(lake, refs["export"], refs["ingest"])),
         "query": {"sql": QUERY, "columns": result.columns, "rows": [list(row) for row in result.rows]},
     }
 
@@ -85,5 +88,12 @@ def _print(report: Mapping[str, object]) -> None:
     found = cast(dict[str, list[list[object]]], report["query"])
     console.print(f"winnow query {json.dumps(found['sql'])}", soft_wrap=True)
     console.print(table(cast(list[str], found["columns"]), found["rows"]))
+    e = cast(dict[str, float], report["edge"])
+    console.print(
+        f"\nThe edge bundle with half of its neurons in memory ({e['budget_bytes'] / 1e6:.2f} MB instead of "
+        f"{e['whole_bytes'] / 1e6:.2f}, {e['hit_rate']:.0%} of the cold ones it wanted were there), asked:\n"
+        f"  {e['question']}\n  {e['answer']}"
+    )
+    console.print(f"Token by token {'the same' if e['is_same'] else 'NOT the same'} answer as with all in memory.")
     n_cached = sum(bool(s["cached"]) for s in stages.values())
     console.print(f"\n{n_cached} of {len(stages)} stages were in the lake already; {report['seconds']} s in all.")

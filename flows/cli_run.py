@@ -41,7 +41,6 @@ STAGE_HELP = {
     "finetune": "Train the policy on preferences/NAME.",
     "align": "Train the policy on its own answers to prompts/NAME, scored as they are drawn.",
     "evaluate": "Answer held-out prompts before and after, compared per group.",
-    "export": "Write models/NAME as a plain Hugging Face folder.",
 }
 
 
@@ -158,7 +157,7 @@ def ingest(
     """Prompts from JSONL, Parquet, CSV, a datasets folder or hub name, or the starter."""
     given = {"source": source, "group_column": group_column, "prompt_column": prompt_column}
     found = load_config(config, [*overrides(values, name), *_shortcuts("ingest", given)])
-    _run_stage("ingest", found, lake, as_json, verbose)
+    run_stage("ingest", found, lake, as_json, verbose)
 
 
 def import_preferences(
@@ -182,7 +181,7 @@ def import_preferences(
     given: dict[str, object] = {"source": source, "layout": layout, "group_constant": group}
     given |= {"group_column": group_column, "prompt_column": prompt_column, "test_share": test_share}
     found = load_config(config, [*overrides(values, name), *_shortcuts("import", given)])
-    _run_stage("import_preferences", found, lake, as_json, verbose)
+    run_stage("import_preferences", found, lake, as_json, verbose)
 
 
 def adapt(
@@ -198,7 +197,7 @@ def adapt(
     """Train an S3D adapter, with which a policy drafts for itself; it becomes models/NAME-s3d."""
     given = {"model": model, "candidates": candidates}
     found = load_config(config, [*overrides(values, name), *_shortcuts("adapt", given)])
-    _run_stage("adapt", found, lake, as_json, verbose)
+    run_stage("adapt", found, lake, as_json, verbose)
 
 
 def _shortcuts(section: str, given: Mapping[str, object]) -> list[str]:
@@ -253,12 +252,13 @@ def _stage_command(stage: str) -> Callable[..., None]:
         as_json: JsonOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        _run_stage(stage, load_config(config, overrides(values, name)), lake, as_json, verbose)
+        run_stage(stage, load_config(config, overrides(values, name)), lake, as_json, verbose)
 
     return command
 
 
-def _run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, verbose: bool) -> None:
+def run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, verbose: bool) -> None:
+    """Run the flow of one stage, and show what it made."""
     from flows.prefect_settings import prepare_prefect
 
     prepare_prefect(verbose)

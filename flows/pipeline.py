@@ -9,10 +9,11 @@ from flows.finetune import finetune
 from flows.generate import generate
 from flows.ingest import ingest
 from flows.score import score
-from storage.lake import DatasetRef
+from storage.lake import DatasetRef, Lake
 from tasks.approval import wait_for_approval
 from tasks.cache import published_chain
-from tasks.plan import check_connections
+from tasks.export import check_format
+from tasks.plan import check_connections, export_inputs
 from tasks.settings import ChainConfig
 from tasks.settings_execution import HERE, ExecutionConfig
 
@@ -29,6 +30,7 @@ def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) 
     check_connections(config)
     if found := published_chain(config, lake):
         return found
+    check_format(config.export, config.finetune.model, Lake.open(lake))
     prompts = ingest(config.stage(config.ingest), lake)
     candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake, execution)
     scored = score(config.stage(config.score, candidates=str(candidates)), lake, execution)
@@ -39,7 +41,7 @@ def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) 
     model = finetune(training, lake)
     models = {"before": config.finetune.model, "after": str(model)}
     evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
-    bundle = export(config.stage(config.export, model=str(model)), lake)
+    bundle = export(config.stage(config.export, **export_inputs(config, str(model), str(scored))), lake)
     return {
         "ingest": prompts,
         "generate": candidates,

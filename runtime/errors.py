@@ -6,7 +6,8 @@ WinnowError
 ├── InputError         a row that cannot be used
 │   └── PromptTooLong  prompt + max_new_tokens above the model's context
 └── ModelError         a model folder or architecture that cannot be used
-    └── TemplateError  a chat template that renders a prompt differently once it is answered
+    ├── TemplateError  a chat template that renders a prompt differently once it is answered
+    └── BundleError    an edge bundle that is damaged, of another version, or not one
 """
 
 
@@ -36,3 +37,7 @@ class ModelError(WinnowError):
 
 class TemplateError(ModelError):
     """A chat template under which the prompt is no prefix of the conversation."""
+
+
+class BundleError(ModelError):
+    """A bundle that is damaged, of another version, or not one."""

@@ -121,6 +121,15 @@ COMPARISON = pa.schema(
         pa.field("model", pa.string(), nullable=False),
     ]
 )
+# Figures of an edge export. x: where a figure is a point of a curve, else null.
+EDGE = pa.schema(
+    [
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("x", pa.float64()),
+        pa.field("value", pa.float64(), nullable=False),
+    ]
+)
 TABLES: dict[str, pa.Schema] = {
     "prompts": PROMPTS,
     "candidates": CANDIDATES,
@@ -130,6 +139,7 @@ TABLES: dict[str, pa.Schema] = {
     "training": TRAINING,
     "reference_logps": REFERENCE_LOGPS,
     "comparison": COMPARISON,
+    "edge": EDGE,
 }
 
 

@@ -44,6 +44,13 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
         create_table_artifact(table, key=f"{key}-table", description=shown)
 
 
+def show_table(ref: DatasetRef, what: str, rows: Sequence[Mapping[str, Cell]]) -> None:
+    """Another table of a finished stage."""
+    if in_run() and rows:
+        table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows]
+        create_table_artifact(table, key=_key(f"{ref.kind}-{ref.name}-{what}"), description=f"{what}: {ref}")
+
+
 def show_image(ref: DatasetRef, url: str, description: str, key: str = "image") -> None:
     """A picture beside a stage's summary; `url` may hold the picture itself. One that the page would choke on is named
     in the log instead."""

@@ -38,6 +38,7 @@ def check_connections(config: ChainConfig) -> None:
         "evaluate.prompts": config.evaluate.prompts,
         "evaluate.after": config.evaluate.after,
         "export.model": config.export.model,
+        "export.candidates": config.export.candidates,
     }
     if config.finetune.method == "reward":
         raise ConfigError(
@@ -59,8 +60,15 @@ def steps(config: ChainConfig, lake: Lake) -> dict[str, Step]:
     trained = finetune.prepare(config.stage(config.finetune, preferences=paired.ref_text), lake)
     after = {"prompts": prompts, "before": config.finetune.model, "after": trained.ref_text}
     compared = evaluate.prepare(config.stage(config.evaluate, **after), lake)
-    exported = export.prepare(config.stage(config.export, model=trained.ref_text), lake)
+    export.check_format(config.export, config.finetune.model, lake)
+    leaving = export_inputs(config, trained.ref_text, scored.ref_text)
+    exported = export.prepare(config.stage(config.export, **leaving), lake)
     return dict(zip(STAGES, (first, drawn, scored, paired, trained, compared, exported), strict=True))
+
+
+def export_inputs(config: ChainConfig, model: str, candidates: str) -> dict[str, str]:
+    """What the export of a pipeline is connected to: a plain folder needs no text to calibrate on."""
+    return {"model": model} | ({} if config.export.format == "hf" else {"candidates": candidates})
 
 
 def plan(config: ChainConfig, lake: Lake) -> list[StagePlan]:

@@ -22,6 +22,7 @@ from tasks.settings_compare import MethodsConfig as MethodsConfig
 from tasks.settings_drafting import S3D, S3D_ADAPTER
 from tasks.settings_execution import HERE
 from tasks.settings_execution import ExecutionConfig as ExecutionConfig
+from tasks.settings_export import ExportConfig as ExportConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
 from tasks.settings_import import ImportConfig as ImportConfig
 from tasks.settings_iterate import IterateConfig as IterateConfig
@@ -259,13 +260,6 @@ class CompareConfig(MethodsConfig):
         title="Evaluate",
         description="Answers of every trained model; truth = none leaves them out, the held-out pairs remain",
     )
-
-
-class ExportConfig(StageConfig):
-    """What leaves the lake."""
-
-    model: str = Field("", title="Model", description="models/NAME, folder or hub name; empty: models/NAME, latest")
-    format: Literal["hf"] = Field("hf", title="Format", description="hf: a plain Hugging Face folder")
 
 
 class ChainConfig(BaseModel):

@@ -123,6 +123,12 @@ class FinetuneConfig(StageConfig):
     lora_4bit: bool = Field(
         False, title="4 bit", description="Load the model in 4 bit (QLoRA); needs a GPU and bitsandbytes"
     )
+    relufy: bool = Field(
+        False, title="ReLU", description="Exchange silu for relu first, so that neurons can be left out (sft)"
+    )
+    sparsity_weight: float = Field(
+        0.0, title="Sparsity", description="Weight of neurons' mean output, which makes fewer of them active", ge=0
+    )
     eval_steps: int = Field(
         0, title="Evaluation", description="Steps between looks at the held-out pairs; 0: at the end only", ge=0
     )

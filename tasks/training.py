@@ -57,10 +57,13 @@ LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_
 def offline_config(config: FinetuneConfig, lake: Lake) -> "OfflineConfig":
     """The runtime's settings; ConfigError for values that cannot work, or that nothing would read."""
     from runtime.alignment.config import OfflineConfig
+    from runtime.alignment.sparsity import SparsitySettings
 
     shared = config.model_dump(include=set(SAME))
     stores_reference(config, loss := _loss(config))
-    return OfflineConfig(loss=loss, groups=_groups(config), lora=_lora(config, lake), watch=_watch(config), **shared)
+    sparsity = SparsitySettings(config.relufy, config.sparsity_weight)
+    groups, lora, watch = _groups(config), _lora(config, lake), _watch(config)
+    return OfflineConfig(loss=loss, groups=groups, lora=lora, watch=watch, sparsity=sparsity, **shared)
 
 
 def load_trained(config: FinetuneConfig, lake: Lake) -> "LoadedModel":

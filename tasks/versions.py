@@ -28,7 +28,7 @@ STAGE_VERSIONS = {
     "reference": 1,
     "evaluate": 1,
     "compare": 1,
-    "export": 1,
+    "export": 2,
 }
 
 

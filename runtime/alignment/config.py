@@ -8,6 +8,7 @@ from typing import Literal
 from runtime.alignment.encode import Truncation
 from runtime.alignment.groups import GroupSettings
 from runtime.alignment.losses import LossSettings
+from runtime.alignment.sparsity import SparsitySettings
 from runtime.errors import ConfigError
 from runtime.models import PromptFormat
 
@@ -90,9 +91,16 @@ class OfflineConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompt_format: PromptFormat = "chat"
     watch: Watch = field(default_factory=Watch)
+    sparsity: SparsitySettings = SparsitySettings()
 
     def __post_init__(self) -> None:
         """ConfigError for what cannot work."""
+        if self.sparsity.relufy and self.method != "sft":
+            raise ConfigError(f"relufy = true: {self.method} compares with the model as it was; use method = sft first")
+        if self.sparsity.is_on and self.method == "reward":
+            raise ConfigError("sparsity_weight is for policies; leave it out with method = reward")
+        if self.sparsity.is_on and self.gradient_checkpointing:
+            raise ConfigError("sparsity_weight and relufy do not work with gradient_checkpointing; switch one off")
         if self.packing and self.method != "sft":
             raise ConfigError(f"packing = true: {self.method} compares whole rows; pack with method = sft alone")
 

@@ -26,6 +26,7 @@ from runtime.alignment.packing import check_packing
 from runtime.alignment.reference import References, not_stored
 from runtime.alignment.report import TrainingReport, Warned
 from runtime.alignment.reward import RewardObjective, closed, closing_ids, with_prefixes
+from runtime.alignment.sparsity import SparseObjective, relufied
 from runtime.alignment.trainer import DivergedError, OfflineTrainer, Split
 from runtime.errors import InputError
 from runtime.models import LoadedModel, quiet
@@ -59,6 +60,8 @@ def train_offline(
     is left, and DivergedError, which names the last checkpoint, when the loss leaves the numbers.
     """
     without_dropout(loaded.model)
+    if config.sparsity.relufy:
+        relufied(loaded.model)
     pairs, dropped = _encoded(rows.train, loaded, config)
     held_out, held_out_dropped = _encoded(rows.test, loaded, config)
     if not pairs:
@@ -71,6 +74,8 @@ def train_offline(
     is_reward = isinstance(config.loss, RewardSettings)
     model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
     objective = _objective(model, loaded, config)
+    if config.sparsity.is_on:
+        objective = SparseObjective(objective, model, config.sparsity)
     split = _split(pairs, held_out, loaded, config)
     split = _prepared(model, objective, split, config, helpers.references)
     trainer = _trainer(model, objective, split, config, places)
@@ -137,7 +142,10 @@ def _trainer(
     if config.gradient_checkpointing and config.lora is not None:
         cast(Any, model).enable_input_require_grads()
     arguments = training_arguments(config, len(split.train), places, model.device)
-    return OfflineTrainer(model, objective, split, config, arguments)
+    trainer = OfflineTrainer(model, objective, split, config, arguments)
+    if isinstance(objective, SparseObjective):
+        objective.done = lambda: trainer.state.global_step / max(trainer.state.max_steps, 1)
+    return trainer
 
 
 def _run(trainer: OfflineTrainer, places: Places) -> None:

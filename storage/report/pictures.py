@@ -8,6 +8,7 @@ from storage.histogram import histogram_of
 from storage.lake import DatasetRef, Lake
 from storage.report import plots, queries
 from storage.report.comparison import comparison
+from storage.report.edge import edge
 from storage.report.group_curves import group_curves
 from storage.report.plots import Picture
 from storage.report.style import need_matplotlib
@@ -78,6 +79,7 @@ _OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | list[Picture] | None
     "finetune": (training, "training"),
     "evaluate": (before_after, "metrics"),
     "compare": (comparison, "comparison"),
+    "export": (edge, "edge"),
 }
 
 

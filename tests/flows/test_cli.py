@@ -42,6 +42,9 @@ COMMANDS = (
     "runs",
     "deploy",
     "serve",
+    "chat",
+    "plan-edge",
+    "probe",
     "starter build",
     "starter check",
 )

@@ -19,9 +19,9 @@ AFTER = {
     "evaluate": {"evaluate"},
     "export": {"export"},
 }
-# Set by the pipeline itself, or with a single choice.
+# Set by the pipeline itself.
 CONNECTED = {"name", "prompts", "candidates", "preferences", "before", "after"}
-SINGLE_CHOICE = {("export", "format"), ("export", "model")}
+SINGLE_CHOICE = {("export", "model")}
 # Read by reward models alone, which a pipeline does not train: see test_finetune.py.
 OF_REWARD_MODELS = {("finetune", "reward_margin"), ("finetune", "reward_prefixes")}
 OTHERS: dict[str, object] = {
@@ -81,10 +81,17 @@ OTHERS: dict[str, object] = {
     "truncation": "keep_end",
     "processes": 2,
     "packing": True,
+    "relufy": True,
     "reference": "anew",
     "truth": "none",
     "s3d": "4",
     "s3d_adapter": "elsewhere",
+    "weight_format": "int8",
+    "group": 64,
+    "gguf_type": "Q8_0",
+    "predictor": "mlp",
+    "recall": 0.9,
+    "sparsity": 0.5,
 }
 # A value that nothing reads is refused: it needs what reads it.
 READERS: dict[str, dict[str, object]] = {
@@ -100,6 +107,8 @@ READERS: dict[str, dict[str, object]] = {
     **{name: {"lora": True} for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_4bit")},
     "early_stopping": {"eval_steps": 100},
     "packing": {"method": "sft"},
+    "relufy": {"method": "sft"},
+    "gguf_type": {"format": "gguf"},
 }
 
 
@@ -122,6 +131,8 @@ def _flipped(stage: str, name: str, models: dict[str, str]) -> dict[str, object]
         return {"reward": "function", name: "runtime.starter.rule:truth"}
     if name in ("server", "server_model"):
         return {"server": "http://127.0.0.1:1/v1", "server_model": "m"}
+    if (stage, name) == ("export", "format"):
+        return {name: "hf"}
     if name in OTHERS:
         return {name: OTHERS[name]}
     if name in models:

@@ -1,0 +1,177 @@
+"""Neurons from disk into memory: merged, aligned reads past the page cache, by a few threads."""
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from runtime.edge.cache import Indices
+from runtime.edge.layout import ALIGN, UNIT, RecordLayout, aligned
+from runtime.edge.placement import read_runs
+from runtime.edge.store import Rows
+from runtime.errors import BundleError
+
+Clock = Callable[[], float]
+PIECE = 1 << 19  # bytes of one sequential read
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """How a bundle is read."""
+
+    threads: int = 4
+    direct: bool = True
+    gap: int = 0  # neurons that may lie unused between two that share a read
+
+
+@dataclass(slots=True)
+class Counters:
+    """What was read so far."""
+
+    read_bytes: int = 0
+    n_reads: int = 0
+    n_records: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A read that some thread does; it brings the neurons first..last of those asked for."""
+
+    future: "Future[None]"
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where cold neurons of a layer lie, and where they go."""
+
+    offset: int
+    rows: Rows
+    part: slice  # of the matrices of a record
+
+
+class Reader:
+    """The neuron file of one bundle."""
+
+    def __init__(
+        self, path: Path, record: RecordLayout, settings: ReadSettings, staging_bytes: int, clock: Clock
+    ) -> None:
+        self.record, self.settings, self.counters = record, settings, Counters()
+        self.clock = clock
+        self.staging_bytes = staging_bytes  # of each thread
+        self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
+        self.file, self.is_direct = _open(path, settings.direct)
+        self.local, self.lock = threading.local(), threading.Lock()
+        self.pool = ThreadPoolExecutor(settings.threads, "winnow-read", self._start)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown(cancel_futures=True)
+        os.close(self.file)
+
+    def read(self, target: Target, positions: Indices, slots: Indices) -> list[Job]:
+        """Start reading the cold neurons at sorted `positions` into `slots`."""
+        if not len(positions):
+            return []
+        stride, size = self.record.stride, self.record.part_bytes
+        low, high = target.part.start * size, target.part.stop * size
+        runs = read_runs(positions, self.settings.gap, self.most)
+        first, count, served = runs.T
+        start = (target.offset + first * stride + low) // ALIGN * ALIGN
+        length = -(-(target.offset + (first + count - 1) * stride + high) // ALIGN) * ALIGN - start
+        run_of = np.repeat(np.arange(len(runs)), served)
+        # Of each neuron, the bytes from the start of its read to its first unit.
+        inside = target.offset + positions * stride + low // UNIT * UNIT - start[run_of]
+        ends = np.cumsum(served)
+        jobs: list[Job] = []
+        for begin, end in self._shares(length):
+            one, two = (0 if begin == 0 else int(ends[begin - 1])), int(ends[end - 1])
+            at = np.cumsum(length[begin:end]) - length[begin:end]
+            units = (at[run_of[one:two] - begin] + inside[one:two]) // UNIT
+            reads = list(zip(start[begin:end].tolist(), at.tolist(), length[begin:end].tolist(), strict=True))
+            future = self.pool.submit(self._fetch, reads, target, units, slots[one:two])
+            jobs.append(Job(future, int(positions[one]), int(positions[two - 1])))
+        self.counters.n_records += len(positions)
+        return jobs
+
+    def read_range(self, offset: int, into: NDArray[np.uint8]) -> list[Job]:
+        """Start reading consecutive bytes into page-aligned memory."""
+        view = memoryview(into)  # type: ignore[arg-type]
+        pieces = [(start, min(PIECE, into.size - start)) for start in range(0, into.size, PIECE)]
+        return [
+            Job(self.pool.submit(self._read, [(offset + start, start, length)], view), 0, 0) for start, length in pieces
+        ]
+
+    def wait(self, jobs: Sequence[Job]) -> None:
+        """Until all `jobs` are done."""
+        started = self.clock()
+        for job in jobs:
+            job.future.result()
+        self.counters.wait_s += self.clock() - started
+
+    def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Reads [begin, end) for one thread each: about as many for all, and no more than fit its memory."""
+        n_each = -(-len(length) // self.settings.threads)
+        shares: list[tuple[int, int]] = []
+        begin, filled = 0, 0
+        for index, n_bytes in enumerate(length.tolist()):
+            if index > begin and (index - begin == n_each or filled + n_bytes > self.staging_bytes):
+                shares.append((begin, index))
+                begin, filled = index, 0
+            filled += n_bytes
+        return [*shares, (begin, len(length))]
+
+    def _start(self) -> None:
+        """Page-aligned memory of this thread, and all records that could start in it."""
+        self.local.view = memoryview(mmap.mmap(-1, self.staging_bytes + self.record.stride))
+        memory = np.frombuffer(self.local.view, dtype=np.uint8)
+        windows = np.lib.stride_tricks.sliding_window_view(memory, self.record.stride)
+        self.local.records = windows[::UNIT]
+
+    def _fetch(self, reads: list[tuple[int, int, int]], target: Target, units: Indices, slots: Indices) -> None:
+        self._read(reads, self.local.view)
+        target.rows.put(slots, self.local.records, units, target.part)
+
+    def _read(self, reads: list[tuple[int, int, int]], memory: memoryview) -> None:
+        for offset, at, length in reads:
+            if os.preadv(self.file, [memory[at : at + length]], offset) != length:
+                raise BundleError("the neuron file became shorter while it was in use; copy the bundle again")
+            if not self.is_direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.file, offset, length, os.POSIX_FADV_DONTNEED)
+        with self.lock:
+            self.counters.read_bytes += sum(length for *_, length in reads)
+            self.counters.n_reads += len(reads)
+
+
+def page_aligned(n_bytes: int) -> Tensor:
+    """Zeroed memory (uint8) that starts at a page."""
+    return torch.frombuffer(mmap.mmap(-1, max(aligned(n_bytes), ALIGN)), dtype=torch.uint8)
+
+
+def _open(path: Path, direct: bool) -> tuple[int, bool]:
+    """The file, past the page cache where the file system allows it."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW
+    if direct and hasattr(os, "O_DIRECT"):
+        try:
+            found = os.open(path, flags | os.O_DIRECT)
+            try:
+                os.preadv(found, [memoryview(mmap.mmap(-1, ALIGN))], 0)
+                return found, True
+            except OSError:
+                os.close(found)
+        except OSError:
+            pass  # tmpfs and some network file systems refuse; reads then go through the page cache and leave it
+    found = os.open(path, flags)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(found, 0, 0, os.POSIX_FADV_RANDOM)
+    return found, False

@@ -1,0 +1,254 @@
+"""A model of about 1 GiB below its size: this runtime against streaming, against mapped files, and against itself.
+
+    .venv/bin/python tests/benchmarks/bench_edge.py [--tokens 64] [--repeats 3] [--size small] [--work DIR]
+
+Every arm is a process of its own and decodes the same given tokens, one by one, on one compute thread.
+- dense, in memory: transformers, everything loaded. sparse, in memory: this engine without a budget.
+- stream: every layer read from one end to the other for each token, the next block while one is computed.
+- mmap: transformers on weights mapped from the file, in a control group that holds what the engine at 50 % or 25 % may
+  use, and the interpreter (needs root and cgroup v1; left out where that is missing).
+- edge 50/30/25 %: this engine. The budget is attention, embeddings and keys, plus that share of the feed-forward bytes;
+  predictors, buffers and everything else come out of the share.
+- ladder, at 30 %: base (no cache, three reads per neuron), bundle (one read), cache (hot block and slots), pipeline
+  (four threads, overlap, prefetch), placement (cold order by co-activation, reads merged over a gap of one).
+`io` is read_bytes of /proc/self/io; `over` is RssAnon's peak above what was there before loading, over the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import edge_model
+import torch
+from harness import options, show
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from runtime.edge.budget import RunSettings
+from runtime.edge.bundle import open_bundle
+from runtime.edge.engine import EdgeModel
+from runtime.edge.reader import ReadSettings
+
+WARM, CONTEXT = 64, 512
+CGROUPS = Path("/sys/fs/cgroup/memory")
+PLAIN = RunSettings(max_tokens=CONTEXT, prefill_tokens=64, read=ReadSettings(threads=1))
+SLOW = replace(PLAIN, overlaps=False, prefetch=False)
+FULL = replace(PLAIN, read=ReadSettings(threads=4))
+PLACED = replace(PLAIN, read=ReadSettings(threads=4, gap=1))
+# name: (bundle, share of the feed-forward bytes, settings)
+EDGE: dict[str, tuple[str, float | None, RunSettings]] = {
+    "sparse, in memory": ("placed", None, PLACED),
+    "edge 50 %": ("placed", 0.50, PLACED),
+    "edge 30 %": ("placed", 0.30, PLACED),
+    "edge 25 %": ("placed", 0.25, PLACED),
+    "ladder base": ("flat", 0.30, replace(SLOW, keeps=False, by_matrix=True)),
+    "ladder bundle": ("flat", 0.30, replace(SLOW, keeps=False)),
+    "ladder cache": ("hot", 0.30, SLOW),
+    "ladder pipeline": ("hot", 0.30, FULL),
+    "ladder placement": ("placed", 0.30, PLACED),
+    "stream": ("flat", 0.25, replace(FULL, keeps=False)),
+}
+MMAP = {"mmap 50 %": 0.50, "mmap 25 %": 0.25}
+DENSE = "dense, in memory"
+SLOW_ARMS = ("stream", "mmap 50 %", "mmap 25 %", "ladder base", "ladder bundle")
+
+
+def main() -> None:
+    settings = options(__doc__, tokens=64, slow_tokens=8, size="1g", work="edge-bench", arm="", only=[""])
+    work = Path(settings.work) / settings.size
+    if settings.arm:
+        print(json.dumps(_child(settings, work)))
+        return
+    _prepare(settings.size, work)
+    arms = [DENSE, *EDGE, *MMAP]
+    chosen = [arm for arm in arms if settings.only == [""] or arm in settings.only]
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in chosen}
+    for _ in range(settings.repeats):
+        for arm in chosen:
+            result = _run(arm, work, settings)
+            if result is not None:
+                found[arm].append(result)
+    rows = [_row(arm, results) for arm, results in found.items() if results]
+    by_arm = {str(row["arm"]): float(str(row["tokens/s"])) for row in rows}
+    for row in rows:
+        for baseline in ("stream", DENSE, "sparse, in memory"):
+            if baseline in by_arm:
+                row[f"x {baseline}"] = float(str(row["tokens/s"])) / by_arm[baseline]
+    show("edge", settings, rows)
+
+
+def _prepare(size: str, work: Path) -> None:
+    """The model and its three bundles, unless they are there."""
+    if (work / "done").exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    found = edge_model.build(size)
+    profile = found.profile(edge_model.text(size, 2048, seed=1, topic_tokens=32))
+    for name, hot, by_activity in (("flat", False, False), ("hot", True, False), ("placed", True, True)):
+        edge_model.write(work / name, found, profile, hot, by_activity)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in found.model.state_dict().items()}, work / "model.safetensors"
+    )
+    (work / "config.json").write_text(found.model.config.to_json_string())
+    active = statistics.fmean(float(layer.frequency.mean()) for layer in profile.layers)
+    reuse = statistics.fmean(edge_model.reuse(layer, profile.shape.intermediate) for layer in profile.layers)
+    print(f"active {active:.1%} of neurons per token; {reuse:.0%} of them in the token before, too", flush=True)
+    (work / "done").touch()
+
+
+def _run(arm: str, work: Path, settings: argparse.Namespace) -> dict[str, float] | None:
+    tokens = settings.slow_tokens if arm in SLOW_ARMS else settings.tokens
+    command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens)]
+    command += ["--size", settings.size, "--work", settings.work]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode != 0:
+        print(f"{arm}: left out: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
+        return None
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{arm}: {result}", flush=True)
+    return result
+
+
+def _row(arm: str, results: list[dict[str, float]]) -> dict[str, object]:
+    return {"arm": arm} | {key: statistics.median(one[key] for one in results) for key in results[0]}
+
+
+def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
+    torch.set_num_threads(1)
+    topics = edge_model.text(settings.size, WARM + settings.tokens, seed=7)
+    if settings.arm in EDGE:
+        return _edge(work, topics, *EDGE[settings.arm], is_stream=settings.arm == "stream")
+    if settings.arm == DENSE:
+        return _measured(_decoder(_dense(work, mapped=False)), topics, n_warm=8)
+    _tiny()  # what the libraries allocate at first use
+    resident = _numbers(work)["resident"]
+    limit = _memory("RssAnon") + resident + MMAP[settings.arm] * _numbers(work)["ffn"]
+    with _limited(int(limit)):
+        return _measured(_decoder(_dense(work, mapped=True)), topics, n_warm=2)
+
+
+def _edge(
+    work: Path, ids: list[int], name: str, share: float | None, settings: RunSettings, is_stream: bool
+) -> dict[str, float]:
+    _tiny()
+    before = _memory("RssAnon")
+    numbers = _numbers(work)
+    budget = None if share is None else int(numbers["resident"] + share * numbers["ffn"])
+    with EdgeModel(open_bundle(work / name, verify=False), budget, settings) as model:
+        step: Callable[[int], object] = (lambda token: model._feed([token], False)) if is_stream else model.step
+        activity = model.ffn.activity
+        peak = [0]
+
+        def watched(token: int) -> None:
+            step(token)
+            peak[0] = max(peak[0], _memory("RssAnon") - before)
+
+        n_warm = 2 if settings.keeps is False else WARM
+        for token in ids[WARM - n_warm : WARM]:
+            watched(token)
+        hits, first = (activity.n_missing, activity.n_active), model.report()
+        found = _measured(watched, ids[WARM:], n_warm=0)
+        n, report = len(ids) - WARM, model.report()
+        n_active = activity.n_active - hits[1]
+        assert not report.is_direct or report.read_bytes - first.read_bytes <= found["io MiB/token"] * 2**20 * n + 1
+        return found | {
+            "hit": 1 - (activity.n_missing - hits[0]) / n_active if n_active else 0.0,
+            "reads/token": (report.n_reads - first.n_reads) / n,
+            "budget MiB": report.memory.total / 2**20,
+            "over": peak[0] / report.memory.total,
+        }
+
+
+def _measured(step: Callable[[int], object], ids: list[int], n_warm: int) -> dict[str, float]:
+    for token in ids[:n_warm]:
+        step(token)
+    io, started, seconds = _io(), time.perf_counter(), list[float]()
+    for token in ids[n_warm:]:
+        turn = time.perf_counter()
+        step(token)
+        seconds.append(time.perf_counter() - turn)
+    n = len(ids) - n_warm
+    return {
+        "tokens/s": n / (time.perf_counter() - started),
+        "p50 ms": statistics.median(seconds) * 1e3,
+        "p99 ms": sorted(seconds)[max(0, int(0.99 * n) - 1)] * 1e3,
+        "io MiB/token": (_io() - io) / n / 2**20,
+    }
+
+
+def _dense(work: Path, mapped: bool) -> LlamaForCausalLM:
+    """The model itself, loaded, or on mapped memory."""
+    config = LlamaConfig.from_json_file(work / "config.json")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    with safe_open(work / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    model.load_state_dict(weights if mapped else {k: v.clone() for k, v in weights.items()}, assign=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def _decoder(model: LlamaForCausalLM) -> Callable[[int], object]:
+    past = None
+
+    @torch.inference_mode()
+    def step(token: int) -> None:
+        nonlocal past
+        past = model(torch.tensor([[token]]), past_key_values=past, use_cache=True).past_key_values
+
+    return step
+
+
+def _tiny() -> None:
+    """Everything imported and used once."""
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.inference_mode():
+        LlamaForCausalLM(LlamaConfig(vocab_size=64, **small))(torch.tensor([[1, 2]]))
+
+
+def _numbers(work: Path) -> dict[str, float]:
+    """Bytes of what is always in memory besides feed-forward layers (with keys and values), and of those."""
+    manifest = open_bundle(work / "flat", verify=False).manifest
+    config = LlamaConfig.from_json_file(work / "config.json")
+    whole = (work / "model.safetensors").stat().st_size
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT * 2
+    return {"resident": whole - manifest.ffn_bytes + kv, "ffn": manifest.ffn_bytes}
+
+
+@contextlib.contextmanager
+def _limited(n_bytes: int) -> Iterator[None]:
+    """This process, page cache included, in so many bytes."""
+    group = CGROUPS / f"winnow-bench-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(n_bytes))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield
+    finally:
+        (CGROUPS / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _io() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
+if __name__ == "__main__":
+    main()

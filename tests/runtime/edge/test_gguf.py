@@ -1,0 +1,287 @@
+"""GGUF files in other people's hands: transformers' own loader here, binaries where the environment names them."""
+
+import resource
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from runtime.edge.gguf import GgufSettings, GgufType, write_gguf, write_powerinfer
+from runtime.edge.gguf_lint import problems
+from runtime.edge.gguf_weights import Sparsity
+from runtime.edge.network import ffn_layers, shape_of
+from runtime.edge.predictor import gate_predictor, oracle
+from runtime.edge.records import LayerPlacement
+from runtime.errors import ConfigError, ModelError
+from runtime.models import LoadedModel, load_policy, quiet
+from runtime.starter import path as starter
+from tests.runtime.edge.models import gated_model
+
+
+@pytest.fixture(scope="module")
+def policy() -> LoadedModel:
+    return load_policy(str(starter("policy")))
+
+
+@pytest.fixture(scope="module")
+def wide(policy: LoadedModel) -> LoadedModel:
+    """Random, with enough neurons for PowerInfer, and the starter's tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 640}
+    return replace(policy, model=gated_model(**sizes))
+
+
+def loaded_by_transformers(folder: Path, file: str) -> PreTrainedModel:
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype="float32")
+
+
+def difference(one: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
+    """Largest difference of logits, and share of tokens with the same best one."""
+    ids = torch.randint(3, 67, (4, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        a, b = one(ids).logits, other(ids).logits
+    return float((a - b).abs().max()), float((a.argmax(-1) == b.argmax(-1)).float().mean())
+
+
+def exact(model: PreTrainedModel, seed: int = 0) -> Sparsity:
+    """Oracles, and the neurons of every layer in an order of their own."""
+    generator = np.random.default_rng(seed)
+    neurons = shape_of(model).intermediate
+    placements = [LayerPlacement(generator.permutation(neurons).astype(np.int64), 8) for _ in ffn_layers(model)]
+    return Sparsity([oracle(layer) for layer in ffn_layers(model)], placements)
+
+
+@pytest.mark.parametrize(("type", "most", "same"), [("F32", 2e-3, 1.0), ("F16", 2e-3, 1.0), ("Q8_0", 3.0, 0.9)])
+def test_a_folded_relu_model_is_itself_in_transformers(
+    policy: LoadedModel, tmp_path: Path, type: GgufType, most: float, same: float
+) -> None:
+    write_gguf(tmp_path / "m.gguf", policy, GgufSettings(type))
+    found = loaded_by_transformers(tmp_path, "m.gguf")
+    assert found.config.hidden_act == "silu"
+    largest, agreement = difference(policy.model, found)
+    assert largest < most
+    assert agreement >= same
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_every_architecture_is_itself_in_transformers(
+    policy: LoadedModel, tmp_path: Path, kind: str, is_tied: bool
+) -> None:
+    changes = {"sliding_window": None} if kind == "mistral" else {}
+    parameters = {"rope_theta": 5000.0, "rope_type": "default"}
+    sizes = {"vocab_size": 640, "tie_word_embeddings": is_tied, "rope_parameters": parameters}
+    model = gated_model(kind, "silu", **sizes, **changes)
+    write_gguf(tmp_path / "m.gguf", replace(policy, model=model), GgufSettings("F32"))
+    found = loaded_by_transformers(tmp_path, "m.gguf")
+    assert found.config.rope_parameters["rope_theta"] == 5000.0  # where transformers 5 has it
+    assert difference(model, found) == (pytest.approx(0, abs=1e-4), 1.0)
+
+
+def test_the_tokenizer_of_a_gguf_file_splits_text_as_before(policy: LoadedModel, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", policy)
+    with quiet():
+        found = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in ("What is 23 + 9 + 8 - 12 ?", "Start with 23.\nAdd 9 and you have 32.", "one line, please"):
+        own = policy.tokenizer.encode(f" {text}", add_special_tokens=False)
+        assert found.encode(text, add_special_tokens=False) == own
+    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.chat_template"].contents() == (
+        policy.tokenizer.chat_template
+    )
+
+
+@pytest.mark.parametrize("type", ["F16", "Q4_0"])
+def test_a_powerinfer_file_has_what_its_loader_wants_and_nothing_else(
+    wide: LoadedModel, tmp_path: Path, type: GgufType
+) -> None:
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, wide, exact(wide.model), GgufSettings(type))
+    assert path.read_bytes()[:4] == b"PWRI"
+    assert problems(path) == []
+    tensors = tensors_of(path)
+    assert len(tensors) == 3 + 2 * 11
+    assert tensors["blk.1.ffn_down_t.weight"].tensor_type.name == type
+    assert tensors["blk.1.fc1.weight"].tensor_type.name == "F16"
+
+
+def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_path: Path) -> None:
+    """fc2 relu(fc1 x) >= 0 chooses rows of gate, up and down_t: their sum is the layer's output."""
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, wide, exact(wide.model), GgufSettings("F16"))
+    tensors = {name: torch.from_numpy(t.data.astype(np.float32)) for name, t in tensors_of(path).items()}
+    for index, layer in enumerate(ffn_layers(wide.model)):
+        residual = torch.randn(20, 64, generator=torch.Generator().manual_seed(index))
+        fc1, fc2, gate, up, down = (
+            tensors[f"blk.{index}.{name}.weight"] for name in ("fc1", "fc2", "ffn_gate", "ffn_up", "ffn_down_t")
+        )
+        is_computed = torch.relu(residual @ fc1.T) @ fc2.T >= 0
+        with torch.inference_mode():
+            normed = layer.norm(residual)
+            found = (is_computed * torch.relu(normed @ gate.T) * (normed @ up.T)) @ down
+            wanted = layer.mlp(normed)
+        assert (found - wanted).norm() / wanted.norm() < 2e-3
+        assert 0.2 < is_computed.float().mean() < 0.8
+
+
+def test_a_tied_model_gets_an_output_matrix_of_its_own_for_powerinfer(wide: LoadedModel, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 640}
+    tied = replace(wide, model=gated_model(**sizes, tie_word_embeddings=True))
+    path = tmp_path / "m.gguf"
+    write_powerinfer(path, tied, exact(tied.model))
+    tensors = tensors_of(path)
+    assert np.array_equal(tensors["output.weight"].data, tensors["token_embd.weight"].data)
+
+
+def tensors_of(path: Path) -> dict[str, object]:
+    """Of a file with either magic."""
+    plain = path.with_suffix(".plain")
+    plain.write_bytes(b"GGUF" + path.read_bytes()[4:])
+    return {tensor.name: tensor for tensor in GGUFReader(plain).tensors}
+
+
+REFUSED = {
+    "silu": ({"activation": "silu"}, "F16", "PowerInfer computes relu where this model has silu"),
+    "few neurons": ({"intermediate_size": 1000}, "F16", "intermediate_size = 1000: PowerInfer takes layers of 1000"),
+    "type": ({}, "Q8_0", 'gguf_type = "Q8_0": PowerInfer reads down as F16 or Q4_0 alone'),
+    "width": ({"hidden_size": 36, "head_dim": 8}, "F16", "hidden_size = 36 is no multiple of 8"),
+    "width of Q4_0": ({"hidden_size": 96}, "Q4_0", "hidden_size = 96 is no multiple of 64"),
+    "architecture": ({"kind": "qwen2"}, "F16", 'architecture "qwen2" is unknown to PowerInfer'),
+    "bias": ({"attention_bias": True}, "F16", "attention_bias = true"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "F16", 'rope_type = "linear"'
+    ),
+    "window": ({"kind": "mistral", "sliding_window": 16}, "F16", "sliding_window = 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_powerinfer_would_get_wrong_is_refused(policy: LoadedModel, tmp_path: Path, case: str) -> None:
+    changes, type, message = REFUSED[case]
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 640}
+    loaded = replace(policy, model=gated_model(**{**sizes, **changes}))
+    with pytest.raises((ConfigError, ModelError), match=message):
+        write_powerinfer(tmp_path / "m.gguf", loaded, exact(loaded.model), GgufSettings(type))
+    assert not list(tmp_path.iterdir())
+
+
+def test_powerinfer_wants_predictors(wide: LoadedModel, tmp_path: Path) -> None:
+    gates = replace(exact(wide.model), predictors=[gate_predictor(shape_of(wide.model))] * 2)
+    with pytest.raises(ConfigError, match="PowerInfer needs a predictor per layer"):
+        write_powerinfer(tmp_path / "m.gguf", wide, gates)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(policy: LoadedModel, tmp_path: Path) -> None:
+    old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, old[1]))
+    try:
+        with pytest.raises(ConfigError, match=r'm.gguf" cannot be written: .*; give a writable disk with room'):
+            write_gguf(tmp_path / "m.gguf", policy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_there_is_not_written_over(policy: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match='m.gguf" exists already'):
+        write_gguf(path, policy)
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(policy: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
+        write_gguf(tmp_path / "nowhere" / "m.gguf", policy)
+
+
+def test_weights_above_the_type_are_refused(wide: LoadedModel, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 640}
+    model = gated_model(**sizes)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = 1e6
+    with pytest.raises(ModelError, match="attn_output.weight has a weight of 1e[+]06, above F16"):
+        write_gguf(tmp_path / "m.gguf", replace(wide, model=model))
+
+
+# Lint: a file with one thing changed.
+
+
+def broken(path: Path, wide: LoadedModel, skip: str = "", **changes: object) -> list[str]:
+    """What is found in a PowerInfer file of which one key or tensor is other, or left out."""
+    whole = path.with_name("whole.gguf")
+    write_powerinfer(whole, wide, exact(wide.model))
+    whole.write_bytes(b"GGUF" + whole.read_bytes()[4:])
+    reader = GGUFReader(whole)
+    architecture = str(changes.pop("architecture", "llama"))
+    writer = GGUFWriter(path, architecture)
+    for key, field in reader.fields.items():
+        name = key.replace("llama.", f"{architecture}.", 1) if key.startswith("llama.") else key
+        if key.startswith("GGUF.") or key == "general.architecture" or key == skip:
+            continue
+        value = changes.pop(key) if key in changes else field.contents()
+        kinds = field.types
+        writer.add_key_value(name, value, kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    for tensor in reader.tensors:
+        if tensor.name != skip:
+            array = changes.pop(tensor.name) if tensor.name in changes else tensor.data
+            writer.add_tensor(tensor.name, array)
+    for name, array in changes.items():
+        writer.add_tensor(name, array)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    path.write_bytes(b"PWRI" + path.read_bytes()[4:])
+    return problems(path)
+
+
+DOWN = np.zeros((1024, 64), dtype=np.float32)
+BROKEN = {
+    "F32 down_t": ({"blk.0.ffn_down_t.weight": DOWN}, "blk.0.ffn_down_t.weight is F32; PowerInfer computes nan"),
+    "another tensor": ({"rope_freqs.weight": DOWN[0]}, "tensor rope_freqs.weight is one too many"),
+    "architecture": ({"architecture": "qwen2"}, 'architecture is "qwen2"; PowerInfer knows llama, bamboo'),
+    "head": ({"llama.rope.dimension_count": 32}, "attn_q.weight has shape"),
+    "rope": ({"skip": "llama.rope.freq_base"}, "llama.rope.freq_base is None"),
+    "threshold": ({"skip": "powerinfer.sparse_threshold"}, "powerinfer.sparse_threshold is None"),
+    "output": ({"skip": "output.weight"}, "tensor output.weight is missing"),
+    "predictor": ({"skip": "blk.1.fc2.weight"}, "tensor blk.1.fc2.weight is missing"),
+    "neurons": ({"llama.feed_forward_length": 1000}, "feed_forward_length is 1000; PowerInfer computes"),
+    "tokens": ({"tokenizer.ggml.tokens": ["a"] * 640}, "has a token twice"),
+    "byte tokens": ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(640)]}, "no byte token <0x0A>"),
+    "vocabulary": ({"tokenizer.ggml.tokens": ["<0x0A>"]}, "token_embd.weight has shape (640, 64), not (1, 64)"),
+    "scores": ({"tokenizer.ggml.scores": [0.0]}, "tokenizer.ggml.scores is not as long"),
+    "norm": ({"blk.0.ffn_norm.weight": DOWN[0, :64].astype(np.float16)}, "blk.0.ffn_norm.weight is F16; vectors"),
+    "nan": ({"blk.0.ffn_up.weight": DOWN.astype(np.float16) + np.nan}, "has numbers that are not finite"),
+    "integers": ({"blk.0.ffn_up.weight": DOWN.astype(np.int32)}, "blk.0.ffn_up.weight is I32, which PowerInfer"),
+    "rank": ({"blk.0.fc2.weight": np.zeros((1024, 8), np.float16)}, "blk.0.fc1.weight and fc2 differ in their rank"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_lint_finds(wide: LoadedModel, tmp_path: Path, case: str) -> None:
+    changes, message = BROKEN[case]
+    found = broken(tmp_path / "m.gguf", wide, **changes)
+    assert any(message in one for one in found), found
+
+
+def test_lint_finds_nothing_in_a_file_that_was_copied_unchanged(wide: LoadedModel, tmp_path: Path) -> None:
+    assert broken(tmp_path / "m.gguf", wide) == []
+
+
+def test_lint_finds_a_wrong_magic_and_a_cut_file(wide: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_powerinfer(path, wide, exact(wide.model))
+    whole = path.read_bytes()
+    path.write_bytes(b"GGML" + whole[4:])
+    assert problems(path)[0].startswith("magic is b'GGML'")
+    path.write_bytes(b"GGUF" + whole[4:])
+    assert "tensor blk.0.ffn_down.weight is missing" in problems(path)  # a plain file has no sparse tensors
+    path.write_bytes(whole)
+    for size in (3, 20, 5000, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        assert problems(path)
