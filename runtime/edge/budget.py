@@ -136,21 +136,10 @@ def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict
 
 
 def _share(n_slots: int, least: list[int], frequency: Sequence[NDArray[np.float32]]) -> tuple[int, ...]:
-    """Slots per layer: those of the neurons that are most often active, wherever they are, and a block for each."""
-    most = [len(one) for one in frequency]
-    if n_slots >= sum(most):
-        return tuple(most)
-    everyone = np.concatenate(frequency)
-    low = np.sort(everyone)[::-1][n_slots - 1]
-    slots = [max(n, int((one > low).sum())) for one, n in zip(frequency, least, strict=True)]
-    left = n_slots - sum(slots)
-    while left != 0:  # ties of the last frequency, and what the least took from others
-        step = 1 if left > 0 else -1
-        open_ = [i for i in range(len(slots)) if (slots[i] < most[i] if step > 0 else slots[i] > least[i])]
-        share = max(1, abs(left) // len(open_))
-        for index in open_:
-            room = most[index] - slots[index] if step > 0 else slots[index] - least[index]
-            moved = min(share, room, abs(left))
-            slots[index] += step * moved
-            left -= step * moved
-    return tuple(slots)
+    """Slots per layer: `least` for each, the others for the neurons most often active, wherever they are."""
+    rank = np.concatenate([np.arange(len(one)) for one in frequency])  # within its layer, most frequent first
+    falling = np.concatenate([-np.sort(-one.astype(np.float64)) for one in frequency])
+    layer = np.repeat(np.arange(len(frequency)), [len(one) for one in frequency])
+    is_first = rank < np.array(least)[layer]
+    chosen = np.lexsort((rank, -falling, ~is_first))[:n_slots]
+    return tuple(np.bincount(layer[chosen], minlength=len(frequency)).tolist())

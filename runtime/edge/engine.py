@@ -10,10 +10,12 @@ from torch import Tensor
 from runtime.decoding.sampling import SamplingConfig, sample
 from runtime.edge.budget import DTYPES, Memory, RunSettings, budget_of, divide, needs
 from runtime.edge.bundle import Bundle, check_resident
-from runtime.edge.feedforward import FeedForward
+from runtime.edge.decoding import Decoding
+from runtime.edge.feedforward import Layers
 from runtime.edge.kv import FixedKV
 from runtime.edge.skeleton import build
-from runtime.errors import ConfigError, InputError, ModelError, PromptTooLong
+from runtime.edge.streaming import Streaming
+from runtime.errors import BundleError, ConfigError, InputError, ModelError, PromptTooLong
 from runtime.randomness import row_key
 
 
@@ -55,10 +57,11 @@ class EdgeModel:
         if share is not None:
             budget_bytes = budget_of(self.needs, self.settings, self.dtype, share)
         self.memory = divide(self.needs, self.settings, self.dtype, budget_bytes)
-        self.ffn = FeedForward(bundle, resident, self.memory, self.settings, clock)
+        self.ffn = Layers(bundle, resident, self.memory, self.settings, clock)
+        self.decoding, self.streaming = Decoding(self.ffn), Streaming(self.ffn)
         self.kv = FixedKV(self.model.config, self.settings.max_tokens, self.dtype)
         self.ids: list[int] = []
-        self.clock = clock
+        self.clock, self.is_broken = clock, False
         self.seconds = 0.0
 
     def close(self) -> None:
@@ -78,6 +81,8 @@ class EdgeModel:
 
     def step(self, token: int) -> Tensor:
         """Logits (vocabulary,) behind one more token, its neurons computed by prediction."""
+        if self.kv.n_tokens == self.kv.n_most:
+            raise PromptTooLong(f"{self.kv.n_most} tokens are all there is memory for; raise max_tokens")
         started = self.clock()
         logits = self._pass([token], self._decode)
         self.seconds += self.clock() - started
@@ -159,20 +164,28 @@ class EdgeModel:
             raise InputError(f"token ids must be 0 to {vocabulary - 1}, one at least; use the bundle's own tokenizer")
 
         def compute(index: int, residual: Tensor, x: Tensor) -> Tensor:
-            return self.ffn.stream(index, residual, x, is_sparse)
+            return self.streaming.stream(index, residual, x, is_sparse)
 
+        if self.kv.n_tokens + len(ids) > self.kv.n_most:
+            raise PromptTooLong(
+                f"{self.kv.n_tokens + len(ids)} tokens are above max_tokens = {self.kv.n_most}; give fewer or raise it"
+            )
         size = self.settings.prefill_tokens
         return [self._pass(ids[start : start + size], compute, every) for start in range(0, len(ids), size)]
 
     def _decode(self, index: int, residual: Tensor, x: Tensor) -> Tensor:
-        found = self.ffn.decode(index, residual, x)
+        found = self.decoding.decode(index, residual, x)
         if index + 1 < len(self.ffn.layers):
-            self.ffn.prefetch(index + 1, residual + found)
+            self.decoding.prefetch(index + 1, residual + found)
         return found
 
     @torch.inference_mode()
     def _pass(self, ids: Sequence[int], feed_forward: "FeedForwardStep", every: bool = False) -> Tensor:
         """Logits (tokens, vocabulary) behind new tokens; of the last one alone unless `every`."""
+        if self.is_broken:
+            raise BundleError("a read of the bundle failed or was interrupted before; open it again")
+        # Slots may have owners whose rows never arrived: only a pass that ends makes the next one right.
+        self.is_broken = True
         body, start = self.model.model, self.kv.n_tokens
         hidden = body.embed_tokens(torch.tensor([list(ids)]))
         positions = torch.arange(start, start + len(ids))[None]
@@ -190,6 +203,7 @@ class EdgeModel:
             hidden = hidden + feed_forward(index, hidden[0], normed[0])[None]
         self.kv.n_tokens += len(ids)
         self.ids += list(ids)
+        self.is_broken = False
         logits: Tensor = self.model.lm_head(body.norm(hidden if every else hidden[:, -1:]))
         return logits[0]
 

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from runtime.errors import PromptTooLong
-
 
 class FixedKV:
     """What an attention layer of transformers calls its cache; room for `n_most` tokens, taken once."""
@@ -17,8 +15,7 @@ class FixedKV:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *rest: object) -> tuple[Tensor, Tensor]:
         """Store those of new tokens (1, heads, new, head_dim); those of all tokens so far."""
         end = self.n_tokens + key.shape[2]
-        if end > self.n_most:
-            raise PromptTooLong(f"{end} tokens are more than the {self.n_most} there is memory for; raise max_tokens")
+        assert end <= self.n_most
         keys, values = self.memory[layer_idx]
         keys[:, self.n_tokens : end] = key[0]
         values[:, self.n_tokens : end] = value[0]

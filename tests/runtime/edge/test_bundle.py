@@ -81,6 +81,8 @@ def test_a_file_that_is_cut_while_it_is_in_use_is_noticed(copy: Path) -> None:
         os.truncate(copy / NEURONS, 4096)
         with pytest.raises(BundleError, match="became shorter"):
             model.forward([5, 6, 7])
+        with pytest.raises(BundleError, match="open it again"):
+            model.step(5)
 
 
 def test_a_link_is_no_file_of_a_bundle(copy: Path, tmp_path: Path) -> None:

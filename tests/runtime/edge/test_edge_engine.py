@@ -171,6 +171,12 @@ def test_too_long_and_impossible_prompts_are_refused(opened: Opener) -> None:
     model = opened("float32")
     with pytest.raises(PromptTooLong, match="max_tokens = 48"):
         model.generate(IDS, 40)
+    with pytest.raises(PromptTooLong, match="60 tokens are above max_tokens = 48"):
+        model.forward(IDS * 5)
+    for token in IDS * 4:
+        model.step(token)
+    with pytest.raises(PromptTooLong, match="48 tokens are all"):
+        model.step(5)
     with pytest.raises(InputError, match="0 to 66"):
         model.generate([67], 4)
     with pytest.raises(InputError, match="empty prompt"):

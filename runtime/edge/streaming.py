@@ -1,0 +1,100 @@
+"""Many tokens through the feed-forward layers: each layer is read from one end to the other, a block ahead."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from runtime.edge.budget import stream_bytes
+from runtime.edge.feedforward import Layer, Layers
+from runtime.edge.layout import ALIGN, aligned
+from runtime.edge.quantise import dequantise
+from runtime.edge.reader import Job, page_aligned
+
+Block = tuple[int, int, NDArray[np.uint8] | None]  # first and last cold neuron, records if not in the cache
+RECENT = 64  # tokens of a prompt whose neurons stay in memory
+
+
+class Streaming:
+    """The dense way through `ffn`."""
+
+    def __init__(self, ffn: Layers) -> None:
+        self.ffn = ffn
+        self.buffers = [page_aligned(stream_bytes(ffn.manifest)) for _ in range(2)]
+
+    def stream(self, index: int, residual: Tensor, x: Tensor, is_sparse: bool) -> Tensor:
+        """(T, H) of many tokens, the layer read from one end to the other.
+
+        `is_sparse` leaves out the neurons that `decode` would leave out.
+        """
+        layer = self.ffn.layers[index]
+        gates = None if layer.gate is None else linear(x, dequantise(layer.gate, self.ffn.dtype))
+        keep = self.ffn.mask(layer, residual, gates) if is_sparse else None
+        total = self.ffn.hot(layer, x, gates)
+        self.ffn.reader.wait(layer.pending)
+        layer.pending = []
+        self.ffn.tick += 1
+        for start, stop, records in self._streamed(layer):
+            block = start, stop, records
+            if gates is None:
+                gate = linear(x, self._operand(layer, "gate", block))
+            else:
+                gate = gates[:, layer.n_hot + start : layer.n_hot + stop]
+            act = self.ffn.activation(gate)
+            if keep is not None:
+                act = act * keep[:, start:stop]
+            hidden = act * linear(x, self._operand(layer, "up", block))
+            total = total + (hidden @ self._operand(layer, "down", block)).to(self.ffn.wide)
+            if records is not None:
+                self._retain(layer, start, records, act)
+        return total.to(self.ffn.dtype)
+
+    def _streamed(self, layer: Layer) -> Iterator[Block]:
+        """(start, stop, records) of each block in order; None where its rows are in the cache."""
+        stride = self.ffn.manifest.record.stride
+        starts = list(range(0, layer.n_cold, self.ffn.block))
+        ahead: list[Job] | None = None
+        for turn, start in enumerate(starts):
+            stop = min(start + self.ffn.block, layer.n_cold)
+            jobs, ahead = ahead, None
+            if jobs is None and not layer.holds(start, stop):
+                jobs = self._read_block(layer, start, stop, turn)
+            if turn + 1 < len(starts) and not layer.holds(stop, min(stop + self.ffn.block, layer.n_cold)):
+                ahead = self._read_block(layer, stop, min(stop + self.ffn.block, layer.n_cold), turn + 1)
+            if jobs is None:
+                yield start, stop, None
+            else:
+                self.ffn.reader.wait(jobs)
+                inside = (layer.cold_offset + start * stride) % ALIGN
+                records = self.buffers[turn % 2].numpy()[inside : inside + (stop - start) * stride]
+                yield start, stop, records.reshape(-1, stride)
+
+    def _read_block(self, layer: Layer, start: int, stop: int, turn: int) -> list[Job]:
+        stride = self.ffn.manifest.record.stride
+        first = (layer.cold_offset + start * stride) // ALIGN * ALIGN
+        n_bytes = aligned(layer.cold_offset + stop * stride) - first
+        return self.ffn.reader.read_range(first, self.buffers[turn % 2].numpy()[:n_bytes])
+
+    def _operand(self, layer: Layer, name: str, block: Block) -> Tensor:
+        """A matrix of a block of neurons, (k, H)."""
+        start, stop, records = block
+        if records is not None:
+            return self.ffn.workspace.from_records(records, name)
+        slots = layer.cache.slot_of[start:stop].astype(np.int64) + layer.first_slot
+        return self.ffn.workspace.from_rows(self.ffn.rows, name, torch.from_numpy(slots))
+
+    def _retain(self, layer: Layer, start: int, records: NDArray[np.uint8], act: Tensor) -> None:
+        """Keep the neurons of a block that the newest tokens used most: the answer goes on from there."""
+        if not self.ffn.settings.keeps or layer.cache.n_slots == 0:
+            return
+        uses = (act[-RECENT:] != 0).sum(dim=0).numpy()
+        quota = min(layer.cache.n_slots * len(records) // layer.n_cold, layer.cache.n_old(self.ffn.tick))
+        chosen = np.argsort(-uses, kind="stable")[:quota]
+        chosen = np.sort(chosen[uses[chosen] > 0])
+        slots, missing = layer.cache.claim(start + chosen, self.ffn.tick)
+        layer.cache.is_whole[slots] = True
+        whole = slice(0, len(self.ffn.manifest.record.matrices))
+        self.ffn.rows.put(slots[missing] + layer.first_slot, records, chosen[missing], whole)
