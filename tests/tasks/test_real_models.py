@@ -82,6 +82,7 @@ def test_the_chain_runs_on_a_public_story_model(reward: dict[str, str], tmp_path
                 "learning_rate": 1e-4,
             },
             "evaluate": {**common, "samples": 2, "max_new_tokens": 32, "truth": "none"},
+            "export": {"prompt_format": "text", "weight_format": "float32"},
         }
     )
     lake = run_chain(config, str(tmp_path / "lake"))
@@ -92,6 +93,8 @@ def test_the_chain_runs_on_a_public_story_model(reward: dict[str, str], tmp_path
     assert pairs.num_rows > 0
     metrics = Lake.open(lake.root).read_table(lake.resolve("candidates/stories-evaluation"), "metrics").to_pylist()
     assert {row["model"] for row in metrics} == {"before", "after"}
+    quality = lake.manifest(lake.resolve("bundles/stories")).stats
+    assert quality["format"] == "bundle"
 
 
 def test_the_sentiment_function_gives_its_published_examples() -> None:
