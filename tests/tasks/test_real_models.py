@@ -82,7 +82,7 @@ def test_the_chain_runs_on_a_public_story_model(reward: dict[str, str], tmp_path
                 "learning_rate": 1e-4,
             },
             "evaluate": {**common, "samples": 2, "max_new_tokens": 32, "truth": "none"},
-            "export": {"prompt_format": "text", "weight_format": "float32"},
+            "export": {"prompt_format": "text", "weight_format": "float32", "sparsity": 0.1, "max_perplexity_delta": 5},
         }
     )
     lake = run_chain(config, str(tmp_path / "lake"))
