@@ -61,7 +61,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return -(-n_prompts // config.shard_prompts)
 
 
-@task(name="generate-shard", persist_result=False, **RETRIES)
+@task(name="generate-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
 def generate_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Decode the candidates of one shard of prompts and write them; the number of candidates."""
     config, lake = _config(step), Lake.open(lake_root)

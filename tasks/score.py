@@ -37,7 +37,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return len(lake.manifest(lake.resolve(step.inputs["candidates"])).shards("candidates"))
 
 
-@task(name="score-shard", persist_result=False, **RETRIES)
+@task(name="score-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
 def score_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Score one shard; the number of scored candidates."""
     config, lake = step.config, Lake.open(lake_root)
