@@ -6,14 +6,14 @@ READY := $(VENV)/.ready
 # The server's address, for `make server` here and for the demo that should show up there.
 PREFECT_PORT ?= 4200
 
-.PHONY: setup ceph demo test test-slow lint format bench server clean
+.PHONY: setup ceph chromium demo test test-slow lint format bench server clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml infra/constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report,ray,dask]'
 	touch $@
 
 # Debian and Ubuntu: a real S3 server for the slow tests, about 100 packages. They skip those without it.
@@ -21,6 +21,12 @@ ceph:
 	command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null || { \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd; }
+
+# Debian and Ubuntu: a browser for the slow tests of the Prefect UI. They skip those without it.
+chromium:
+	command -v chromium >/dev/null || { \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: setup
 	$(RUN)/winnow demo

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.servers.prefect import Server, worker
+from tests.servers.prefect import Server, wait_until, worker
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -95,7 +95,7 @@ def test_a_run_is_started_watched_and_its_artifacts_are_opened(server: Server, p
     page.screenshot(path=tmp_path / "form.png")
     before = _n_runs(server)
     page.get_by_role("button", name="Submit").click()
-    page.wait_for_url("**tab=Runs*")
+    wait_until(lambda: _n_runs(server) > before, "the run that the form starts", seconds=60)
     mine = {"deployments": {"id": {"any_": [server.deployment("generate/default")["id"]]}}, "sort": "START_TIME_DESC"}
     run_id = next(
         run["id"]

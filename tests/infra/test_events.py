@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from storage.lake import Lake
+from storage.writer import Shard
 from tests.infra.test_faults import GENERATE
 from tests.infra.test_worker import SMALL
 from tests.servers.buckets import new_lake, use_endpoint
-from tests.servers.prefect import ROOT, Server, prefect_server, start, stop, wait_until, winnow, worker
+from tests.servers.prefect import Server, prefect_server, start, stop, wait_until, winnow, worker
 from tests.servers.processes import moto
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -137,8 +139,6 @@ def test_a_failed_run_is_told_through_the_block_that_was_named(server: Server, t
 
 
 def test_serve_runs_what_the_server_asks_for_without_a_worker(tmp_path: Path) -> None:
-    import sys
-
     with prefect_server(tmp_path / "prefect") as server:
         command = [sys.executable, "-m", "flows.cli", "serve", "--lake", str(tmp_path / "lake")]
         process = start(command, server.environment(), tmp_path / "serve.log")
@@ -191,10 +191,7 @@ def test_two_machines_that_share_a_lake_on_s3_do_one_pipeline(
         generate.generate_shard.fn(step, local, 5, 12)
         far = Lake.open(root).manifest(Lake.open(root).ref("candidates", "fault", step.version))
         here = step.writer(Lake.open(local))
-        from storage.writer import Shard
-
         shard = Shard("candidates", "train", 5, 12)
         assert here.has(shard)
         assert {file.path: file.sha256 for file in far.files}[shard.path] == here.files[shard.path].sha256
         assert Lake.open(root).find("bundles", "fault")
-        assert (ROOT / "lake").exists() is False
