@@ -82,6 +82,24 @@ def test_a_run_killed_with_its_worker_is_found_out_and_started_again_by_the_next
     assert done.items() <= expected.items()
 
 
+def test_a_run_killed_alone_is_started_again_by_its_worker(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "survivor") as process:
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        (child,) = _children(process.pid)
+        os.kill(child, signal.SIGKILL)
+        assert server.wait(run_id, ("COMPLETED", "FAILED"))["state"]["type"] == "COMPLETED", server.logs(run_id)
+        assert process.poll() is None
+    _check(lake, expected)
+
+
+def _children(pid: int) -> list[int]:
+    found = [path.read_text().split() for path in Path("/proc", str(pid), "task").glob("*/children")]
+    return [int(child) for each in found for child in each]
+
+
 def test_a_worker_killed_alone_takes_its_run_down_and_the_next_one_continues_it(
     server: Server, lake: Path, expected: dict[str, str]
 ) -> None:
