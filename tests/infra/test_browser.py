@@ -87,6 +87,20 @@ def test_a_wrong_value_is_shown_where_it_is_and_starts_nothing(
     assert _n_runs(server) == before
 
 
+def test_a_run_with_a_thousand_shards_opens_with_its_artifacts(server: Server, page: "Page", tmp_path: Path) -> None:
+    run_id = server.run("ingest/default", config={"name": "large", "max_prompts": 1, "max_heldout": 0})
+    assert server.wait(run_id)["state"]["type"] == "COMPLETED"
+    for index in range(1, 1001):
+        key = f"large-generate-{index}-of-1000"
+        server.call("POST", "/artifacts/", {"key": key, "type": "progress", "data": 100.0, "flow_run_id": run_id})
+    page.goto(f"{server.url.removesuffix('/api')}/v2/runs/flow-run/{run_id}")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("large-generate-").first.wait_for()
+    page.get_by_text("prompts-large-summary").first.wait_for()
+    page.goto(f"{server.url.removesuffix('/api')}/v2/artifacts")
+    page.get_by_text("large-generate-").first.wait_for()
+
+
 def test_a_run_is_started_watched_and_its_artifacts_are_opened(server: Server, page: "Page", tmp_path: Path) -> None:
     _open_form(server, page)
     page.get_by_label("Name (Optional)").first.fill("browsed")
