@@ -132,6 +132,7 @@ def test_a_failed_run_is_told_through_the_block_that_was_named(server: Server, t
             "name": "receiver",
             "url": f"http://127.0.0.1:{receiver.server_port}/",
             "json_data": {"subject": "{{subject}}", "body": "{{body}}"},
+            "allow_private_urls": True,
         }
         block = {"name": "receiver", "block_type_id": kind["id"], "block_schema_id": schemas[0]["id"], "data": data}
         server.call("POST", "/block_documents/", block)
