@@ -8,14 +8,14 @@ PREFECT_PORT ?= 4200
 # Processes that share the tests, file by file; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: setup ceph demo test test-slow lint format bench server clean
+.PHONY: setup ceph chromium demo test test-slow lint format bench server clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml infra/constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report,ray,dask]'
 	touch $@
 
 # Debian and Ubuntu: a real S3 server for the slow tests, about 100 packages. They skip those without it.
@@ -23,6 +23,12 @@ ceph:
 	command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null || { \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd; }
+
+# Debian and Ubuntu: a browser for the slow tests of the Prefect UI. They skip those without it.
+chromium:
+	command -v chromium >/dev/null || { \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: setup
 	$(RUN)/winnow demo

@@ -1,6 +1,6 @@
 """Methods of fine-tuning compared. From the command line: `winnow compare CONFIG`."""
 
-from prefect import flow
+from prefect import flow, tags
 
 from flows.evaluate import evaluate
 from flows.finetune import finetune
@@ -23,7 +23,7 @@ def compare(config: CompareConfig, lake: str) -> DatasetRef:
     if found:
         return found
     for run in comparison.runs:
-        with steps.named(run):
+        with steps.named(run), tags("winnow-stage"):
             finetune(run.finetune, lake)
             if run.evaluate:
                 evaluate(run.evaluate, lake)

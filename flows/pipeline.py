@@ -1,6 +1,6 @@
 """The whole chain. From the command line: `winnow run CONFIG`."""
 
-from prefect import flow
+from prefect import flow, tags
 
 from flows.assemble import assemble
 from flows.evaluate import evaluate
@@ -31,17 +31,18 @@ def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) 
     if found := published_chain(config, lake):
         return found
     check_format(config.export, config.finetune.model, Lake.open(lake))
-    prompts = ingest(config.stage(config.ingest), lake)
-    candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake, execution)
-    scored = score(config.stage(config.score, candidates=str(candidates)), lake, execution)
-    pairs = assemble(config.stage(config.assemble, candidates=str(scored)), lake)
-    training = config.stage(config.finetune, preferences=str(pairs))
-    if execution.approve_training:
-        wait_for_approval(training, lake)
-    model = finetune(training, lake)
-    models = {"before": config.finetune.model, "after": str(model)}
-    evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
-    bundle = export(config.stage(config.export, **export_inputs(config, str(model), str(scored))), lake)
+    with tags("winnow-stage"):  # infra/automations/zombie-runs.yaml
+        prompts = ingest(config.stage(config.ingest), lake)
+        candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake, execution)
+        scored = score(config.stage(config.score, candidates=str(candidates)), lake, execution)
+        pairs = assemble(config.stage(config.assemble, candidates=str(scored)), lake)
+        training = config.stage(config.finetune, preferences=str(pairs))
+        if execution.approve_training:
+            wait_for_approval(training, lake)
+        model = finetune(training, lake)
+        models = {"before": config.finetune.model, "after": str(model)}
+        evaluation = evaluate(config.stage(config.evaluate, prompts=str(prompts), **models), lake)
+        bundle = export(config.stage(config.export, **export_inputs(config, str(model), str(scored))), lake)
     return {
         "ingest": prompts,
         "generate": candidates,

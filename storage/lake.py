@@ -84,10 +84,17 @@ class Lake:
     def iter_shards(self, ref: DatasetRef, table: str, split: str | None = None) -> Iterator[pa.Table]:
         """The shards of a table, one by one, in order; LakeError for one that is not what the manifest lists."""
         for file in self.manifest(ref).shards(table, split):
-            data = self.store.read(f"{ref.prefix}/{file.path}")
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise damaged(str(ref), file)
-            yield decode(table, data, f"{ref}: {file.path}", "remove that version and run again")
+            yield self._read_shard(ref, table, file)
+
+    def read_shard(self, ref: DatasetRef, table: str, index: int) -> pa.Table:
+        """One shard of a table, by its place in the order."""
+        return self._read_shard(ref, table, self.manifest(ref).shards(table)[index])
+
+    def _read_shard(self, ref: DatasetRef, table: str, file: FileEntry) -> pa.Table:
+        data = self.store.read(f"{ref.prefix}/{file.path}")
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise damaged(str(ref), file)
+        return decode(table, data, f"{ref}: {file.path}", "remove that version and run again")
 
     def read_table(
         self, ref: DatasetRef, table: str, split: str | None = None, columns: Sequence[str] | None = None

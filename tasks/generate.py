@@ -1,6 +1,8 @@
 """Best-of-N candidates, shard by shard: a shard that is there already is not computed again."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
@@ -20,7 +22,7 @@ from tasks.logs import log_shard
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
 from tasks.retries import RETRIES
-from tasks.rows import candidates_table, gather_candidates, prompts_of
+from tasks.rows import candidate_shards, candidates_table, prompts_of
 from tasks.servers import a_server, open_server
 from tasks.settings import GenerateConfig
 from tasks.settings_execution import HERE, ExecutionConfig
@@ -61,7 +63,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return -(-n_prompts // config.shard_prompts)
 
 
-@task(name="generate-shard", persist_result=False, **RETRIES)
+@task(name="generate-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
 def generate_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Decode the candidates of one shard of prompts and write them; the number of candidates."""
     config, lake = _config(step), Lake.open(lake_root)
@@ -89,8 +91,7 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version."""
     lake = Lake.open(lake_root)
     writer = step.writer(lake)
-    table = gather_candidates(writer, count)
-    stats, groups = summarise(table)
+    stats, groups = summarise(candidate_shards(writer, count))
     ref = writer.commit(step.provenance(stats | {"groups": cast(JsonValue, groups)}))
     show_stage(ref, stats, groups)
     show_picture(lake, ref)
@@ -164,45 +165,67 @@ def model_label(model: str, path: str) -> str:
 
 
 def heldin_prompts(ref: str, lake: Lake) -> pa.Table:
-    """The training prompts of a version."""
+    """The training prompts of a version, read once per process."""
+    return _heldin_prompts(str(lake.resolve(ref)), lake.root)
+
+
+@lru_cache(maxsize=1)
+def _heldin_prompts(ref: str, lake_root: str) -> pa.Table:
+    lake = Lake.open(lake_root)
     return lake.read_table(lake.resolve(ref), "prompts", "train")
 
 
-def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
+def summarise(shards: Iterable[pa.Table]) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
     """Totals, and one row per group: candidates, tokens, and the tokens that cuts saved.
 
-    What a cut answer would still have cost is unknown; it is estimated by the mean length of the finished answers to
-    the same prompt, and so the saving is called an estimate.
+    One shard is in memory at a time; each has all candidates of its prompts. What a cut answer would still have cost
+    is unknown; it is estimated by the mean length of the finished answers to the same prompt, and so the saving is
+    called an estimate.
     """
-    columns = table.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
-    for row, n_scored in zip(columns, pc.list_value_length(table["cuts"]).to_pylist(), strict=True):
-        row["n_scored"] = n_scored or 0
-    finished: dict[str, list[int]] = {}
-    for row in columns:
+    counted: dict[str, Counter[str]] = {}
+    for shard in shards:
+        for group, counts in _counted(shard).items():
+            counted.setdefault(group, Counter()).update(counts)
+    groups = [{"group": group, **_totals(counted[group])} for group in sorted(counted)]
+    return cast(dict[str, JsonValue], _totals(sum(counted.values(), Counter()))), groups
+
+
+def _counted(shard: pa.Table) -> "dict[str, Counter[str]]":
+    rows = shard.select(["prompt_id", "group", "n_tokens", "finish_reason", "status"]).to_pylist()
+    lengths: dict[str, list[int]] = {}
+    for row in rows:
         if row["finish_reason"] in FINISHED:
-            finished.setdefault(row["prompt_id"], []).append(row["n_tokens"])
-    expected = {prompt_id: sum(lengths) / len(lengths) for prompt_id, lengths in finished.items()}
-    groups = [
-        {"group": group} | _totals([row for row in columns if row["group"] == group], expected)
-        for group in sorted({row["group"] for row in columns})
-    ]
-    return cast(dict[str, JsonValue], _totals(columns, expected)), groups
+            lengths.setdefault(row["prompt_id"], []).append(row["n_tokens"])
+    expected = {prompt_id: sum(each) / len(each) for prompt_id, each in lengths.items()}
+    found: dict[str, Counter[str]] = {}
+    for row, n_scored in zip(rows, pc.list_value_length(shard["cuts"]).to_pylist(), strict=True):
+        counts = found.setdefault(row["group"], Counter())
+        left = expected.get(row["prompt_id"], 0.0) - row["n_tokens"]
+        is_cut = row["finish_reason"] == "cut"
+        counts.update(candidates=1, tokens=row["n_tokens"], cut=is_cut, length=row["finish_reason"] == "length")
+        counts.update(errors=row["status"] == "error", scored=n_scored or 0)
+        counts["saved"] += max(0.0, left) if is_cut else 0.0  # type: ignore[assignment]
+    for group, prompt_ids in _prompts_of_groups(rows).items():
+        found[group]["prompts"] = len(prompt_ids)
+    return found
 
 
-def _totals(rows: list[Mapping[str, object]], expected: Mapping[str, float]) -> dict[str, Cell]:
-    decoded = sum(cast(int, row["n_tokens"]) for row in rows)
-    saved = sum(
-        max(0.0, expected.get(str(row["prompt_id"]), 0.0) - cast(int, row["n_tokens"]))
-        for row in rows
-        if row["finish_reason"] == "cut"
-    )
+def _prompts_of_groups(rows: Sequence[Mapping[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["group"], set()).add(row["prompt_id"])
+    return found
+
+
+def _totals(counts: "Counter[str]") -> dict[str, Cell]:
+    decoded, saved = counts["tokens"], counts["saved"]
     return {
-        "prompts": len({row["prompt_id"] for row in rows}),
-        "candidates": len(rows),
-        "cut": sum(row["finish_reason"] == "cut" for row in rows),
-        "length": sum(row["finish_reason"] == "length" for row in rows),
-        "errors": sum(row["status"] == "error" for row in rows),
-        "reward_calls": sum(cast(int, row["n_scored"]) for row in rows),
+        "prompts": counts["prompts"],
+        "candidates": counts["candidates"],
+        "cut": counts["cut"],
+        "length": counts["length"],
+        "errors": counts["errors"],
+        "reward_calls": counts["scored"],
         "tokens_decoded": decoded,
         "tokens_saved_estimate": round(saved),
         "share_saved_estimate": round(saved / (saved + decoded), 4) if decoded else 0.0,

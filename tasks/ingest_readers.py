@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from storage.objects import open_store
 from storage.shards import read_parquet
 from tasks.errors import InputError
 from tasks.settings import STARTER, SourceConfig
@@ -41,7 +42,7 @@ RawRow = tuple[int, dict[str, object] | Unreadable]
 def source_identity(config: SourceConfig) -> str:
     """What the source adds to the fingerprint: the hash of its bytes, or the revision of a hub dataset."""
     if config.source == STARTER or source_format(config) != "dataset":
-        return digest_file(_read_bytes(_file_of(config)))
+        return digest_file(_bytes_of(config))
     folder = Path(config.source)
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -78,7 +79,7 @@ def read_rows(config: SourceConfig) -> Iterator[RawRow]:
     if kind == "dataset":
         return _read_dataset(config)
     path = _file_of(config)
-    data = _unpacked(_read_bytes(path), path)
+    data = _unpacked(_bytes_of(config), path)
     if kind == "parquet":
         return _read_parquet(data, path)
     if kind == "csv":
@@ -93,6 +94,16 @@ def _file_of(config: SourceConfig) -> Path:
 
         return prompts_path()
     return Path(config.source)
+
+
+def _bytes_of(config: SourceConfig) -> bytes:
+    if not config.source.startswith("s3://"):
+        return _read_bytes(_file_of(config))
+    folder, _, name = config.source.rpartition("/")
+    (data,) = open_store(folder).read_all([name])
+    if data is None:
+        raise InputError(f'source "{config.source}" does not exist; give the address of a file')
+    return data
 
 
 def _read_bytes(path: Path) -> bytes:

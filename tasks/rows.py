@@ -1,6 +1,6 @@
 """Between the lake's tables and the runtime's records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
@@ -58,12 +58,12 @@ def candidates_table(
     return to_table("candidates", rows)
 
 
-def gather_candidates(writer: VersionWriter, count: int) -> pa.Table:
-    """All training shards of a version that is being written; every one of them must be there."""
-    found = {index: writer.find(Shard("candidates", "train", index, count)) for index in range(count)}
-    missing = [index for index, rows in found.items() if rows is None]
-    assert not missing, f"shards {missing} of {count}"
-    return pa.concat_tables(rows for rows in found.values() if rows is not None)
+def candidate_shards(writer: VersionWriter, count: int) -> Iterator[pa.Table]:
+    """All training shards of a version that is being written, one by one; every one of them must be there."""
+    for index in range(count):
+        found = writer.find(Shard("candidates", "train", index, count))
+        assert found is not None, f"shard {index} of {count}"
+        yield found
 
 
 def rejected_row(stage: str, reason: str, detail: str, group: str | None) -> dict[str, object]:

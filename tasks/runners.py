@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections import deque
 from collections.abc import Iterable
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 from prefect import Task
@@ -44,14 +44,23 @@ def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
 
 
 def submit_all(runner: TaskRunner[Any], task: "Task[..., Any]", calls: Iterable[dict[str, Any]], at_once: int) -> None:
-    """Have at most so many submitted; raise what the first failing one raised."""
-    waiting: deque[PrefectFuture[Any]] = deque()
-    for parameters in calls:
-        if len(waiting) >= at_once:
-            waiting.popleft().result()
-        waiting.append(runner.submit(task, parameters))
-    for future in waiting:
+    """Have at most so many submitted, the next one as soon as any is done; raise what the first failing one raised."""
+    done: SimpleQueue[PrefectFuture[Any]] = SimpleQueue()
+    running: set[PrefectFuture[Any]] = set()
+
+    def wait_for_one() -> None:
+        future = done.get()
+        running.remove(future)
         future.result()
+
+    for parameters in calls:
+        if len(running) >= at_once:
+            wait_for_one()
+        future = runner.submit(task, parameters)
+        running.add(future)
+        future.add_done_callback(done.put)
+    while running:
+        wait_for_one()
 
 
 def open_runner(execution: ExecutionConfig) -> TaskRunner[Any]:

@@ -1,8 +1,10 @@
 """Final scores: every finished answer is scored again from its text; partial scores stay in `cuts`."""
 
+from functools import lru_cache
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
@@ -18,7 +20,7 @@ from tasks.logs import log_shard
 from tasks.models import open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
 from tasks.retries import RETRIES
-from tasks.rows import add_score, gather_candidates, prompts_of, rows_of
+from tasks.rows import add_score, candidate_shards, prompts_of, rows_of
 from tasks.settings import RewardConfig, ScoreConfig
 from tasks.settings_execution import HERE, ExecutionConfig
 from tasks.versions import Step, pin
@@ -37,7 +39,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return len(lake.manifest(lake.resolve(step.inputs["candidates"])).shards("candidates"))
 
 
-@task(name="score-shard", persist_result=False, **RETRIES)
+@task(name="score-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
 def score_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Score one shard; the number of scored candidates."""
     config, lake = step.config, Lake.open(lake_root)
@@ -48,9 +50,10 @@ def score_shard(step: Step, lake_root: str, index: int, count: int, execution: E
     use_gpu(execution.gpus)
     use_threads(config.threads)
     source = lake.resolve(step.inputs["candidates"])
-    candidates = next(table for i, table in enumerate(lake.iter_shards(source, "candidates")) if i == index)
-    prompts = lake.read_table(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
-    scored = scored_table(candidates, prompts, config, lake)
+    candidates = lake.read_shard(source, "candidates", index)
+    prompts = _prompts(lake.manifest(source).inputs["prompts"], lake.root)
+    asked = prompts.filter(pc.is_in(prompts["prompt_id"], pc.unique(candidates["prompt_id"])))
+    scored = scored_table(candidates, asked, config, lake)
     writer.write(shard, scored)
     log_shard(step, shard, candidates=scored.num_rows)
     return int(scored.num_rows)
@@ -61,7 +64,7 @@ def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version; refuses scores that say nothing."""
     lake = Lake.open(lake_root)
     writer = step.writer(lake)
-    table = gather_candidates(writer, count)
+    table = pa.concat_tables(shard.select(["group", "score", "status"]) for shard in candidate_shards(writer, count))
     stats, groups = summarise(table)
     if cast(int, stats["scored"]) > 1 and stats["spread"] == 0:
         raise ConfigError(f"all {stats['scored']} answers have the score {stats['mean_score']}; choose another reward")
@@ -94,21 +97,27 @@ def scored_table(candidates: pa.Table, prompts: pa.Table, config: RewardConfig, 
 
 def summarise(table: pa.Table) -> tuple[dict[str, JsonValue], list[dict[str, Cell]]]:
     """Totals, and one row per group."""
-    rows = table.select(["group", "score", "status"]).to_pylist()
-    groups = [
-        {"group": group} | _totals([row for row in rows if row["group"] == group])
-        for group in sorted({row["group"] for row in rows})
-    ]
-    return cast(dict[str, JsonValue], _totals(rows)), groups
+    names = sorted(pc.unique(table["group"]).to_pylist())
+    groups = [{"group": name} | _totals(table.filter(pc.equal(table["group"], name))) for name in names]
+    return cast(dict[str, JsonValue], _totals(table)), groups
 
 
-def _totals(rows: list[dict[str, object]]) -> dict[str, Cell]:
-    scores = [cast(float, row["score"]) for row in rows if row["score"] is not None]
+def _totals(table: pa.Table) -> dict[str, Cell]:
+    scores = table["score"].drop_null()
+    bounds = pc.min_max(scores).as_py()
+    has_scores = len(scores) > 0
     return {
-        "candidates": len(rows),
+        "candidates": table.num_rows,
         "scored": len(scores),
-        "errors": sum(row["status"] == "error" for row in rows),
-        "mean_score": round(sum(scores) / len(scores), 6) if scores else None,
-        "best_score": round(max(scores), 6) if scores else None,
-        "spread": round(max(scores) - min(scores), 6) if scores else None,
+        "errors": int(pc.sum(pc.equal(table["status"], "error")).as_py() or 0),
+        "mean_score": round(pc.mean(scores).as_py(), 6) if has_scores else None,
+        "best_score": round(bounds["max"], 6) if has_scores else None,
+        "spread": round(bounds["max"] - bounds["min"], 6) if has_scores else None,
     }
+
+
+@lru_cache(maxsize=1)
+def _prompts(ref: str, lake_root: str) -> pa.Table:
+    """Read once per process."""
+    lake = Lake.open(lake_root)
+    return lake.read_table(lake.resolve(ref), "prompts")

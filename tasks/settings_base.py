@@ -24,7 +24,10 @@ class SourceConfig(StageConfig):
     """Where rows come from."""
 
     source: str = Field(
-        STARTER, title="Source", description="starter, a file, a folder or hub name of a datasets dataset", min_length=1
+        STARTER,
+        title="Source",
+        description="starter, a file (s3://BUCKET/KEY too), a folder or hub name of a datasets dataset",
+        min_length=1,
     )
     format: Literal["auto", "jsonl", "parquet", "csv", "dataset"] = Field(
         "auto", title="Format", description="auto: by the file name's ending"

@@ -10,7 +10,7 @@ from prefect.utilities.callables import parameter_schema
 
 from tasks.plan import STAGES
 
-FLOWS = (*STAGES, "calibrate", "compare", "import_preferences", "adapt", "align", "iterate", "pipeline")
+FLOWS = (*STAGES, "calibrate", "compare", "import_preferences", "adapt", "align", "iterate", "pipeline", "watch")
 GOLDEN = Path(__file__).parent / "parameter_schemas.json"
 
 
@@ -40,6 +40,37 @@ def test_every_field_has_a_title_and_a_description_and_no_union_breaks_the_form(
         for field, described in model["properties"].items():
             assert described.get("title"), f"{model['title']}.{field}"
             assert described.get("description"), f"{model['title']}.{field}"
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_field_is_a_control_of_the_form_and_none_a_json_editor(name: str) -> None:
+    schema = _schema(name)
+    definitions = schema["definitions"]
+    assert isinstance(definitions, dict)
+    properties = schema["properties"]
+    assert isinstance(properties, dict)
+    assert all(field.get("description") for field in properties.values())
+    for model in [schema, *definitions.values()]:
+        for field, described in model["properties"].items():
+            assert _is_control(described), f"{field}: {described}"
+
+
+def _is_control(node: dict[str, object]) -> bool:
+    """Text, number, tick box, drop-down, list of these, a box of a model's own, or one of them or None."""
+    if "anyOf" in node:
+        choices = node["anyOf"]
+        assert isinstance(choices, list)
+        return sum(choice.get("type") != "null" for choice in choices) == 1 and all(map(_is_control, choices))
+    if node.get("type") == "array":
+        items = node.get("items")
+        return isinstance(items, dict) and _is_control(items)
+    is_model = "$ref" in node or "allOf" in node
+    return (
+        is_model
+        or "enum" in node
+        or "const" in node
+        or node.get("type") in ("string", "integer", "number", "boolean", "null")
+    )
 
 
 def test_the_forms_are_the_golden_ones() -> None:

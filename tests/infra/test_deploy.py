@@ -14,13 +14,17 @@ from tests.servers.prefect import ROOT, Server, wait_until, winnow
 PLACE = Place(ROOT / "prefect.yaml", "/work", "/lake")
 
 
-def test_every_flow_has_one_deployment_and_two_have_a_schedule() -> None:
+def test_every_flow_has_one_deployment_and_three_have_a_schedule() -> None:
     listed = read_file(PLACE)
     assert sorted(one["entrypoint"] for one in listed) == sorted(f"flows.{name}.{name}" for name in FLOWS)
     assert {one["name"] for one in listed} == {"default"}
     assert all("winnow" in one["tags"] for one in listed)  # which the automations look for
     scheduled = {one["entrypoint"]: [when["slug"] for when in one["schedules"]] for one in listed if "schedules" in one}
-    assert scheduled == {"flows.pipeline.pipeline": ["nightly"], "flows.evaluate.evaluate": ["weekly"]}
+    assert scheduled == {
+        "flows.pipeline.pipeline": ["nightly"],
+        "flows.evaluate.evaluate": ["weekly"],
+        "flows.watch.watch": ["every-five-minutes"],
+    }
 
 
 def test_a_scheduled_deployment_has_all_parameters_that_its_flow_needs() -> None:
@@ -62,7 +66,7 @@ def test_deploying_twice_leaves_one_of_each(server: Server, server_lake: Path) -
         assert one["version"] == code_version()
         assert one["enforce_parameter_schema"] is True
     schedules = [(one["schedule"]["cron"], one["active"]) for found in there for one in found["schedules"]]
-    assert sorted(schedules) == [("0 2 * * *", True), ("0 5 * * 0", True)]
+    assert sorted(schedules) == [("*/5 * * * *", False), ("0 2 * * *", True), ("0 5 * * 0", True)]
     automations = server.call("POST", "/automations/filter", {})
     assert (
         sorted(one["name"] for one in automations)

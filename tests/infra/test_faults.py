@@ -18,6 +18,22 @@ N_SHARDS = 12
 GENERATE = {"n": 8, "shard_prompts": 2, "threads": 1, "max_new_tokens": 96, "max_rows": 16}
 
 
+PIPELINE = {
+    "name": "twice",
+    "ingest": {"max_prompts": 4, "max_heldout": 2},
+    "generate": {"n": 4, "threads": 1, "max_new_tokens": 48},
+    "score": {"threads": 1},
+    "finetune": {"epochs": 1, "threads": 1},
+    "evaluate": {"samples": 1, "threads": 1},
+}
+
+
+def _stages(server: Server, run_id: str, state: str) -> list[str]:
+    """Names of the stages of a pipeline that are in a state."""
+    mine = {"flow_runs": {"parent_flow_run_id": {"any_": [run_id]}, "state": {"type": {"any_": [state]}}}}
+    return [run["name"] for run in server.call("POST", "/flow_runs/filter", mine)]
+
+
 def _shards(lake: Path) -> dict[str, str]:
     files = (file for file in lake.rglob("candidates/train-*.parquet") if ".tmp" not in file.parts)
     return {str(file.relative_to(lake)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -66,20 +82,43 @@ def _check(lake: Path, expected: dict[str, str]) -> None:
 
 
 def test_a_run_killed_with_its_worker_is_found_out_and_started_again_by_the_next_worker(
-    server: Server, lake: Path, expected: dict[str, str]
+    server: Server, lake: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
-    with worker(server, "doomed"):
-        run_id = _start(server, lake)
+    whole = {"config": PIPELINE, "lake": str(tmp_path / "other")}
+    with worker(server, "doomed"), worker(server, "doomed-too"):
+        run_id, pipeline = _start(server, lake), server.run("pipeline/default", **whole)
         wait_until(_some_but_not_all(lake), "some shards")
+        wait_until(lambda: _stages(server, pipeline, "RUNNING") != [], "a stage of the pipeline")
     # Nobody is left who could tell the server; only the missing heartbeat does.
     assert server.flow_run(run_id)["state"]["type"] == "RUNNING"
     done = _shards(lake)
+    wait_until(lambda: _stages(server, pipeline, "RUNNING") == [], "the end of the stage as well", seconds=400)
+    assert _stages(server, pipeline, "CRASHED") != []
     with worker(server, "heir"):
         found = server.wait(run_id, ("COMPLETED", "FAILED"), seconds=400)
         assert found["state"]["type"] == "COMPLETED", server.logs(run_id)
         assert found["run_count"] == 2
+        assert server.wait(pipeline, ("COMPLETED", "FAILED"), seconds=400)["state"]["type"] == "COMPLETED"
     _check(lake, expected)
     assert done.items() <= expected.items()
+
+
+def test_a_run_killed_alone_is_started_again_by_its_worker(
+    server: Server, lake: Path, expected: dict[str, str]
+) -> None:
+    with worker(server, "survivor") as process:
+        run_id = _start(server, lake)
+        wait_until(_some_but_not_all(lake), "some shards")
+        (child,) = _children(process.pid)
+        os.kill(child, signal.SIGKILL)
+        assert server.wait(run_id, ("COMPLETED", "FAILED"))["state"]["type"] == "COMPLETED", server.logs(run_id)
+        assert process.poll() is None
+    _check(lake, expected)
+
+
+def _children(pid: int) -> list[int]:
+    found = [path.read_text().split() for path in Path("/proc", str(pid), "task").glob("*/children")]
+    return [int(child) for each in found for child in each]
 
 
 def test_a_worker_killed_alone_takes_its_run_down_and_the_next_one_continues_it(
@@ -147,16 +186,8 @@ def test_the_same_run_twice_at_once_makes_one_version(server: Server, lake: Path
 
 
 def test_a_scheduled_pipeline_waits_for_the_one_that_runs_and_finds_its_result(server: Server, tmp_path: Path) -> None:
-    config = {
-        "name": "twice",
-        "ingest": {"max_prompts": 4, "max_heldout": 2},
-        "generate": {"n": 4, "threads": 1, "max_new_tokens": 48},
-        "score": {"threads": 1},
-        "finetune": {"epochs": 1, "threads": 1},
-        "evaluate": {"samples": 1, "threads": 1},
-    }
     with worker(server, "first"), worker(server, "second"):
-        runs = [server.run("pipeline/default", config=config, lake=str(tmp_path / "lake")) for _ in range(2)]
+        runs = [server.run("pipeline/default", config=PIPELINE, lake=str(tmp_path / "lake")) for _ in range(2)]
         assert [server.wait(run)["state"]["type"] for run in runs] == ["COMPLETED", "COMPLETED"]
     children = [
         server.call("POST", "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run]}}}) for run in runs

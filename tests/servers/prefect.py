@@ -128,6 +128,12 @@ def worker(server: Server, name: str, pool: str = "winnow", **variables: str) ->
         stop(process)
 
 
+def is_idle(worker: "subprocess.Popen[bytes]") -> bool:
+    """Whether the worker has no run any more."""
+    children = Path("/proc", str(worker.pid), "task").glob("*/children")
+    return not any(path.read_text() for path in children)
+
+
 def winnow(server: Server, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command line, against the server."""
     command = [sys.executable, "-m", "flows.cli", *arguments]
