@@ -65,11 +65,12 @@ def show_image(ref: DatasetRef, url: str, description: str, key: str = "image") 
 class ShownProgress:
     """A callback that moves a progress artifact and every subscribed display: at most once per percent and second."""
 
-    def __init__(self, label: str, unit: str, clock: Callable[[], float]) -> None:
+    def __init__(self, label: str, unit: str, clock: Callable[[], float], has_artifact: bool) -> None:
         self.label, self.unit, self.clock = label, unit, clock
         self.started = self.shown_at = clock()
         self.percent = self.tokens = self.done = self.total = 0
-        self.artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if in_run() else None
+        shown = has_artifact and in_run()
+        self.artifact_id = create_progress_artifact(0.0, key=_key(label), description=label) if shown else None
 
     def __call__(self, done: int, total: int) -> None:
         """So much is done."""
@@ -106,9 +107,11 @@ class ShownProgress:
         return "; ".join(parts)
 
 
-def progress(label: str, unit: str = "", clock: Callable[[], float] = time.monotonic) -> ShownProgress:
+def progress(
+    label: str, unit: str = "", clock: Callable[[], float] = time.monotonic, has_artifact: bool = True
+) -> ShownProgress:
     """Progress of something that takes a while, counted in prompts, steps or the like."""
-    return ShownProgress(label, unit, clock)
+    return ShownProgress(label, unit, clock, has_artifact)
 
 
 def subscribe(display: Display) -> None:

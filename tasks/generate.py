@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from runtime.rewards.protocol import Reward
 
 CALIBRATED = ("calibrated", "adaptive")
+# Of more shards only the stage shows its progress: a page of a thousand would hide its summary.
+MOST_SHOWN_SHARDS = 20
 
 
 def prepare(config: GenerateConfig, lake: Lake) -> Step:
@@ -78,7 +80,8 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int, execution
     reward = None if config.cut_policy == "none" else open_reward(config, lake)
     with a_server(config, execution) as config:
         engine = open_engine(config, path, cut_policy(config, lake), reward, lake)
-        answers = drawn(engine, prompts, progress(f"{step.name} generate {index + 1} of {count}", "prompts"))
+        label = f"{step.name} generate {index + 1} of {count}"
+        answers = drawn(engine, prompts, progress(label, "prompts", has_artifact=count <= MOST_SHOWN_SHARDS))
     table = candidates_table(prompts, answers, model_label(config.model, path), config.seed)
     writer.write(shard, table)
     n_tokens = sum(c.n_tokens for candidates in answers for c in candidates)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from storage.lake import Lake
 from storage.writer import Shard
+from tasks.artifacts import ShownProgress, progress
 from tasks.errors import ConfigError
 from tasks.settings_execution import HERE, ExecutionConfig
 from tasks.versions import Step
@@ -26,13 +28,15 @@ AHEAD = 3
 def run_shards(task: "ShardTask", step: Step, lake_root: str, count: int, execution: ExecutionConfig = HERE) -> None:
     """Run the task for every shard of `candidates` that the lake does not have; one task run each."""
     todo = missing_shards(step, lake_root, count)
+    shown = progress(f"{step.name} shards of {step.stage}", "shards")
     if execution.task_runner == "thread" and execution.workers == 1:
-        for index in todo:
+        for number, index in enumerate(todo, start=1):
             task(step, lake_root, index, count, execution)
+            shown(count - len(todo) + number, count)
         return
     calls = ({"step": step, "lake_root": lake_root, "index": i, "count": count, "execution": execution} for i in todo)
     with open_runner(execution) as runner:
-        submit_all(runner, task, calls, AHEAD * execution.workers)
+        submit_all(runner, task, calls, AHEAD * execution.workers, partial(_show, shown, count - len(todo), count))
 
 
 def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
@@ -43,8 +47,15 @@ def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
     return [i for i in range(count) if f"{prefix}/{Shard('candidates', 'train', i, count).path}" not in present]
 
 
-def submit_all(runner: TaskRunner[Any], task: "Task[..., Any]", calls: Iterable[dict[str, Any]], at_once: int) -> None:
+def submit_all(
+    runner: TaskRunner[Any],
+    task: "Task[..., Any]",
+    calls: Iterable[dict[str, Any]],
+    at_once: int,
+    on_done: Callable[[int], None] = lambda n: None,
+) -> None:
     """Have at most so many submitted, the next one as soon as any is done; raise what the first failing one raised."""
+    n_done = 0
     done: SimpleQueue[PrefectFuture[Any]] = SimpleQueue()
     running: set[PrefectFuture[Any]] = set()
 
@@ -52,6 +63,9 @@ def submit_all(runner: TaskRunner[Any], task: "Task[..., Any]", calls: Iterable[
         future = done.get()
         running.remove(future)
         future.result()
+        nonlocal n_done
+        n_done += 1
+        on_done(n_done)
 
     for parameters in calls:
         if len(running) >= at_once:
@@ -61,6 +75,10 @@ def submit_all(runner: TaskRunner[Any], task: "Task[..., Any]", calls: Iterable[
         future.add_done_callback(done.put)
     while running:
         wait_for_one()
+
+
+def _show(shown: ShownProgress, before: int, count: int, n_done: int) -> None:
+    shown(before + n_done, count)
 
 
 def open_runner(execution: ExecutionConfig) -> TaskRunner[Any]:
