@@ -133,6 +133,7 @@ def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
         return _measured(_decoder(_dense(work, mapped=False)), topics, n_warm=8)
     _tiny()  # what the libraries allocate at first use
     resident = _numbers(work)["resident"]
+    _drop_from_cache(work / "model.safetensors")  # pages of other processes are not counted against the limit
     limit = _memory("RssAnon") + resident + MMAP[settings.arm] * _numbers(work)["ffn"]
     with _limited(int(limit)):
         return _measured(_decoder(_dense(work, mapped=True)), topics, n_warm=2)
@@ -224,6 +225,13 @@ def _numbers(work: Path) -> dict[str, float]:
     whole = (work / "model.safetensors").stat().st_size
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * CONTEXT * 2
     return {"resident": whole - manifest.ffn_bytes + kv, "ffn": manifest.ffn_bytes}
+
+
+def _drop_from_cache(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
 
 
 @contextlib.contextmanager
