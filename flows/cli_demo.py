@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from textwrap import indent
 from typing import cast
 
 import typer
@@ -92,7 +93,8 @@ def _print(report: Mapping[str, object]) -> None:
     console.print(
         f"\nThe edge bundle with half of its neurons in memory ({e['budget_bytes'] / 1e6:.2f} MB instead of "
         f"{e['whole_bytes'] / 1e6:.2f}, {e['hit_rate']:.0%} of the cold ones it wanted were there), asked:\n"
-        f"  {e['question']}\n  {e['answer']}"
+        f"  {e['question']}\n{indent(str(e['answer']), '  ')}",
+        markup=False,
     )
     console.print(f"Token by token {'the same' if e['is_same'] else 'NOT the same'} answer as with all in memory.")
     n_cached = sum(bool(s["cached"]) for s in stages.values())

@@ -17,9 +17,11 @@ from runtime.edge.measure import QualityError
 from runtime.models import load_policy, quiet
 from runtime.starter import path as starter
 from storage.lake import Lake
+from storage.report.pictures import stage_pictures
 from storage.schema import to_table
 from storage.writer import Provenance, Shard
 from tasks import export
+from tasks.edge_answer import edge_answer
 from tasks.errors import ConfigError, ModelError
 from tasks.plan import steps
 from tasks.settings import ExportConfig, PipelineConfig
@@ -63,6 +65,8 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     ]
     writer = lake.writer("prompts", "main", VERSION)
     writer.write(Shard("prompts", "train", 0, 1), to_table("prompts", prompts))
+    held_out = prompts[3] | {"prompt_id": "h3"}
+    writer.write(Shard("prompts", "test", 0, 1), to_table("prompts", [held_out]))
     ref = writer.commit(Provenance("ingest", {}, {}, {}, "winnow"))
     rows = [_candidate(i, j, (None, 1.0, 2.0)[j]) for i in range(N_PROMPTS) for j in range(3)]
     rows += [_candidate(i, 3, None, "cut") for i in range(N_PROMPTS)]
@@ -123,6 +127,25 @@ def test_the_curves_of_a_bundle_are_a_table_of_the_lake(lake: Lake) -> None:
     }  # fmt: skip
 
 
+def test_a_bundle_has_its_pictures_and_says_what_memory_buys(lake: Lake) -> None:
+    stats, _ = _run(lake)
+    ref = lake.resolve("bundles/main")
+    assert [picture.key for picture in stage_pictures(lake, ref)] == ["hot-cold", "recall"]
+    plans = stats["plans"]
+    assert [row["hit_rate"] for row in plans] == sorted(row["hit_rate"] for row in plans)
+    assert plans[-1]["neurons_in_memory"] == plans[-1]["hit_rate"] == 1
+
+
+def test_half_of_the_neurons_give_the_answer_that_all_of_them_give(lake: Lake) -> None:
+    _run(lake)
+    found = edge_answer(lake, lake.resolve("bundles/main"), lake.resolve("prompts/main"))
+    assert found.question.startswith("One line for the front desk")
+    assert found.is_same
+    assert found.answer
+    assert found.budget_bytes < found.whole_bytes
+    assert found.read_bytes > 0
+
+
 @pytest.mark.slow
 def test_an_export_is_the_same_bytes_again(lake: Lake, tmp_path: Path) -> None:
     _, folder = _run(lake)
@@ -165,12 +188,12 @@ def test_a_plain_folder_needs_no_text(tmp_path: Path) -> None:
     assert load_policy(str(lake.folder(ref, "hf"))).content_hash == load_policy(str(starter("policy"))).content_hash
 
 
-def test_an_export_that_costs_more_than_promised_is_not_published(lake: Lake, wide: Path) -> None:
+def test_an_export_that_costs_more_than_promised_is_not_published(lake: Lake) -> None:
     before = lake.versions("bundles")
     with pytest.raises(
         QualityError, match=r"perplexity rises by .*, above the promised 2.00%, so nothing is published"
     ):
-        _run(lake, wide, format="powerinfer", recall=0.3, rank=4)
+        _run(lake, predictor="low_rank", recall=0.05, rank=4)
     published = [ref for ref in lake.versions("bundles") if lake.find(ref.kind, ref.name, ref.version)]
     assert len(published) <= len(before)
 
