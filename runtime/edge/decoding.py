@@ -10,6 +10,8 @@ from runtime.edge.feedforward import Layer, Layers
 from runtime.edge.reader import Job, Target
 
 SHAPES = 8  # sizes of blocks that occur
+RECENCY = 0.1  # weight of the newest token in a layer's average of missing neurons
+WORTH_A_LOOK = 4.0  # with fewer on average, predicting twice costs more than waiting
 
 
 class Decoding:
@@ -43,8 +45,9 @@ class Decoding:
     def prefetch(self, index: int, residual: Tensor) -> None:
         """Start reading what layer `index` needs if its input is about `residual`."""
         layer = self.ffn.layers[index]
-        if not self.ffn.settings.prefetch or layer.gate is not None or layer.cache.n_slots == layer.n_cold:
+        if not self.ffn.settings.prefetch or layer.gate is not None or layer.missing < WORTH_A_LOOK:
             return
+        self.ffn.reader.wait(layer.pending)
         wanted = self.ffn.predicted(layer, residual)
         wanted = wanted[layer.cache.slot_of[wanted] < 0]
         if len(wanted) == 0 or len(wanted) > layer.cache.n_slots // 4:
@@ -52,7 +55,8 @@ class Decoding:
         self.ffn.tick += 1
         slots, _ = layer.cache.claim(wanted, self.ffn.tick)
         layer.cache.is_whole[slots] = True
-        layer.pending += self._read(layer, wanted, slots, slice(0, len(self.ffn.manifest.record.matrices)))
+        layer.pending = self._read(layer, wanted, slots, slice(0, len(self.ffn.manifest.record.matrices)))
+        layer.missing += RECENCY * len(wanted)
         self.ffn.activity.n_prefetched += len(wanted)
 
     def _fetch(self, layer: Layer, wanted: Indices) -> tuple[Indices, list[Job]]:
@@ -63,6 +67,7 @@ class Decoding:
             layer.pending = []
         slots, missing = layer.cache.claim(wanted, self.ffn.tick)
         self.ffn.activity.n_missing += len(missing)
+        layer.missing = (1 - RECENCY) * layer.missing + RECENCY * len(missing)
         whole = slice(0, len(self.ffn.manifest.record.matrices))
         part = slice(0, 1) if self._in_two_phases(layer) else whole
         layer.cache.is_whole[slots[missing]] = part == whole

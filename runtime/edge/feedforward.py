@@ -33,6 +33,7 @@ class Layer:
     gate: Matrix | None
     hot: dict[str, Matrix]
     pending: list[Job] = field(default_factory=list)
+    missing: float = 0.0  # per token, of late
 
     @property
     def n_cold(self) -> int:

@@ -29,7 +29,7 @@ class ReadSettings:
 
     threads: int = 4
     direct: bool = True
-    gap: int = 0  # neurons that may lie unused between two that share a read
+    gap_bytes: int = 16384  # that may lie unused between two neurons that share a read
 
 
 @dataclass(slots=True)
@@ -69,6 +69,7 @@ class Reader:
         self.record, self.settings, self.counters = record, settings, Counters()
         self.clock = clock
         self.staging_bytes = staging_bytes  # of each thread
+        self.gap = settings.gap_bytes // record.stride
         self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
         self.file, self.is_direct = _open(path, settings.direct)
         self.local, self.lock = threading.local(), threading.Lock()
@@ -85,7 +86,7 @@ class Reader:
             return []
         stride, size = self.record.stride, self.record.part_bytes
         low, high = target.part.start * size, target.part.stop * size
-        runs = read_runs(positions, self.settings.gap, self.most)
+        runs = read_runs(positions, self.gap, self.most)
         first, count, served = runs.T
         start = (target.offset + first * stride + low) // ALIGN * ALIGN
         length = -(-(target.offset + (first + count - 1) * stride + high) // ALIGN) * ALIGN - start

@@ -21,7 +21,7 @@ from tests.runtime.edge.bundles import contents, written
 from tests.runtime.edge.models import gated_model
 
 IDS = [3, 17, 4, 60, 9, 33, 21, 8, 45, 12, 5, 28]
-SETTINGS = RunSettings(max_tokens=48, prefill_tokens=5, read=ReadSettings(threads=2))
+SETTINGS = RunSettings(max_tokens=48, prefill_tokens=5, read=ReadSettings(threads=2, gap_bytes=0))
 WAYS = {
     "plain": SETTINGS,
     "two phases": replace(SETTINGS, two_phase=True),
@@ -29,7 +29,7 @@ WAYS = {
     "no overlap": replace(SETTINGS, overlaps=False, prefetch=False),
     "nothing kept": replace(SETTINGS, keeps=False),
     "by matrix": replace(SETTINGS, by_matrix=True),
-    "merged over gaps": replace(SETTINGS, read=ReadSettings(threads=1, gap=3)),
+    "merged over gaps": replace(SETTINGS, read=ReadSettings(threads=1, gap_bytes=3 * 384)),
     "buffered": replace(SETTINGS, read=ReadSettings(threads=3, direct=False)),
 }
 
