@@ -8,14 +8,14 @@ PREFECT_PORT ?= 4200
 # Processes that share the tests, file by file; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: setup ceph chromium demo test test-slow lint format bench server clean
+.PHONY: setup ceph runners chromium demo test test-slow lint format bench server clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml infra/constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report,ray,dask]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report]'
 	touch $@
 
 # Debian and Ubuntu: a real S3 server for the slow tests, about 100 packages. They skip those without it.
@@ -23,6 +23,10 @@ ceph:
 	command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null || { \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd; }
+
+# Dask and Ray for the slow tests of their task runners, which skip without them.
+runners: setup
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[ray,dask]'
 
 # Debian and Ubuntu: a browser for the slow tests of the Prefect UI. They skip those without it.
 chromium:

@@ -1,6 +1,6 @@
 """The chain run again on its own result. From the command line: `winnow iterate CONFIG`."""
 
-from prefect import flow
+from prefect import flow, tags
 
 from flows.assemble import assemble
 from flows.evaluate import evaluate
@@ -22,15 +22,17 @@ def iterate(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     check_rounds(config)
-    prompts = ingest(config.stage(config.ingest), lake)
-    model, found = config.generate.model, {"ingest": prompts}
-    for number in range(1, config.iterate.rounds + 1):
-        now = round_config(config, number, model)
-        candidates = generate(now.stage(now.generate, prompts=str(prompts)), lake)
-        scored = score(now.stage(now.score, candidates=str(candidates)), lake)
-        pairs = assemble(now.stage(now.assemble, candidates=str(scored)), lake)
-        trained = finetune(now.stage(now.finetune, preferences=str(pairs)), lake)
-        found |= {f"round {number}: pairs": pairs, f"round {number}: model": trained}
-        model = str(trained)
-    models = {"prompts": str(prompts), "before": config.generate.model, "after": model}
-    return found | {"evaluate": evaluate(config.stage(config.evaluate, **models), lake)}
+    with tags("winnow-stage"):  # infra/automations/zombie-runs.yaml
+        prompts = ingest(config.stage(config.ingest), lake)
+        model, found = config.generate.model, {"ingest": prompts}
+        for number in range(1, config.iterate.rounds + 1):
+            now = round_config(config, number, model)
+            candidates = generate(now.stage(now.generate, prompts=str(prompts)), lake)
+            scored = score(now.stage(now.score, candidates=str(candidates)), lake)
+            pairs = assemble(now.stage(now.assemble, candidates=str(scored)), lake)
+            trained = finetune(now.stage(now.finetune, preferences=str(pairs)), lake)
+            found |= {f"round {number}: pairs": pairs, f"round {number}: model": trained}
+            model = str(trained)
+        models = {"prompts": str(prompts), "before": config.generate.model, "after": model}
+        compared = evaluate(config.stage(config.evaluate, **models), lake)
+    return found | {"evaluate": compared}
