@@ -10,8 +10,9 @@ Every arm is a process of its own and decodes the same given tokens, one by one,
 - edge 50/30/25 %: this engine. The budget is attention, embeddings and keys, plus that share of the feed-forward bytes;
   predictors, buffers and everything else come out of the share.
 - ladder, at 30 %: base (no cache, three reads per neuron), bundle (one read), cache (hot block and slots), pipeline
-  (four threads, overlap, prefetch), placement (cold order by co-activation, reads merged over a gap of one).
-`cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is RssAnon's peak above what was there before loading, over the budget.
+  (four threads, overlap, prefetch), placement (cold order by co-activation, reads merged over gaps of a neuron).
+`cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is the peak of RssAnon, above what
+was there before loading, over the budget.
 """
 
 from __future__ import annotations
