@@ -93,7 +93,8 @@ class Streaming:
         uses = (act[-RECENT:] != 0).sum(dim=0).numpy()
         quota = min(layer.cache.n_slots * len(records) // layer.n_cold, layer.cache.n_old(self.ffn.tick))
         chosen = np.argsort(-uses, kind="stable")[:quota]
-        chosen = np.sort(chosen[uses[chosen] > 0])
+        # Where all have room, all stay.
+        chosen = np.sort(chosen[(uses[chosen] > 0) | (layer.cache.n_slots == layer.n_cold)])
         slots, missing = layer.cache.claim(start + chosen, self.ffn.tick)
         layer.cache.is_whole[slots] = True
         whole = slice(0, len(self.ffn.manifest.record.matrices))

@@ -157,6 +157,9 @@ def _edge(
             peak[0] = max(peak[0], _memory("RssAnon") - before)
 
         n_warm = 2 if settings.keeps is False else WARM
+        if share is None:
+            model.forward(ids[:2])  # reads everything once
+            model.reset()
         for token in ids[WARM - n_warm : WARM]:
             watched(token)
         hits, first = (activity.n_missing, activity.n_active), model.report()
