@@ -18,7 +18,7 @@ from runtime.edge.reader import ReadSettings
 from runtime.errors import ConfigError
 
 DTYPES = FLOATS | {"float64": torch.float64}
-MOST_STAGING = 1 << 20
+MOST_STAGING = 1 << 19
 SLOT_TABLES = 8 + 8 + 4 + 1  # bytes of bookkeeping per slot: free list, last use, owner, flag
 
 
@@ -121,7 +121,8 @@ def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict
     """What is always in memory, by purpose."""
     manifest, item = needs.manifest, dtype.itemsize
     shape, record = manifest.shape, manifest.record
-    operands = 3 * manifest.block * shape.hidden * item
+    is_stored_as_computed = FLOATS.get(manifest.weight_format) == dtype
+    operands = 0 if is_stored_as_computed else 3 * manifest.block * shape.hidden * item
     per_token = (8 * shape.hidden + 4 * manifest.block) * item + 8 * shape.hidden + 3 * shape.intermediate
     return {
         "weights": needs.n_weights * item,

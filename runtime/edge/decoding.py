@@ -43,11 +43,16 @@ class Decoding:
         return total.to(self.ffn.dtype)
 
     def prefetch(self, index: int, residual: Tensor) -> None:
-        """Start reading what layer `index` needs if its input is about `residual`."""
+        """Start reading what layer `index` needs if its input is about `residual`, on a thread beside this one."""
         layer = self.ffn.layers[index]
-        if not self.ffn.settings.prefetch or layer.gate is not None or layer.missing < WORTH_A_LOOK:
-            return
+        if self.ffn.settings.prefetch and layer.gate is None and layer.missing >= WORTH_A_LOOK:
+            layer.ahead = self.ffn.reader.ahead.submit(self._look_ahead, layer, residual)
+
+    @torch.inference_mode()
+    def _look_ahead(self, layer: Layer, residual: Tensor) -> None:
+        """Nobody else touches the layer's cache until `_fetch` has waited for this."""
         self.ffn.reader.wait(layer.pending)
+        layer.pending = []
         wanted = self.ffn.predicted(layer, residual)
         wanted = wanted[layer.cache.slot_of[wanted] < 0]
         if len(wanted) == 0 or len(wanted) > layer.cache.n_slots // 4:
@@ -61,6 +66,7 @@ class Decoding:
 
     def _fetch(self, layer: Layer, wanted: Indices) -> tuple[Indices, list[Job]]:
         """The slots of `wanted`, and the reads that bring what is not there yet."""
+        layer.catch_up()
         self.ffn.tick += 1
         if layer.pending and not layer.cache.has_room(len(wanted)):
             self.ffn.reader.wait(layer.pending)  # or a slot could go to somebody else while it is being written

@@ -5,6 +5,7 @@ what happens to be in memory decides only when.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -34,11 +35,18 @@ class Layer:
     hot: dict[str, Matrix]
     pending: list[Job] = field(default_factory=list)
     missing: float = 0.0  # per token, of late
+    ahead: "Future[None] | None" = None  # who decides what to read ahead
 
     @property
     def n_cold(self) -> int:
         """Neurons that are not hot."""
         return len(self.cache.slot_of)
+
+    def catch_up(self) -> None:
+        """Wait until what is read ahead is decided: then the cache is this thread's again."""
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            ahead.result()
 
     def holds(self, start: int, stop: int) -> bool:
         """Whether all of these cold neurons are in memory."""

@@ -38,7 +38,6 @@ class Counters:
 
     read_bytes: int = 0
     n_reads: int = 0
-    n_records: int = 0
     wait_s: float = 0.0
 
 
@@ -74,9 +73,11 @@ class Reader:
         self.file, self.is_direct = _open(path, settings.direct)
         self.local, self.lock = threading.local(), threading.Lock()
         self.pool = ThreadPoolExecutor(settings.threads, "winnow-read", self._start)
+        self.ahead = ThreadPoolExecutor(1, "winnow-ahead")  # decides what to read next
 
     def close(self) -> None:
         """End the threads."""
+        self.ahead.shutdown()
         self.pool.shutdown(cancel_futures=True)
         os.close(self.file)
 
@@ -102,7 +103,6 @@ class Reader:
             reads = list(zip(start[begin:end].tolist(), at.tolist(), length[begin:end].tolist(), strict=True))
             future = self.pool.submit(self._fetch, reads, target, units, slots[one:two])
             jobs.append(Job(future, int(positions[one]), int(positions[two - 1])))
-        self.counters.n_records += len(positions)
         return jobs
 
     def read_range(self, offset: int, into: NDArray[np.uint8]) -> list[Job]:

@@ -34,6 +34,7 @@ class Streaming:
         gates = None if layer.gate is None else linear(x, dequantise(layer.gate, self.ffn.dtype))
         keep = self.ffn.mask(layer, residual, gates) if is_sparse else None
         total = self.ffn.hot(layer, x, gates)
+        layer.catch_up()
         self.ffn.reader.wait(layer.pending)
         layer.pending = []
         self.ffn.tick += 1
