@@ -25,7 +25,7 @@ DEMO: dict[str, object] = {
     "generate": {"n": 16, "s3d": "auto", "threads": 1},
     "score": {"threads": 1},
     "evaluate": {"threads": 1},
-    "finetune": {"learning_rate": 4e-4, "epochs": 3, "beta": 0.05, "nll_weight": 20.0},
+    "finetune": {"learning_rate": 4e-4, "epochs": 3, "beta": 0.05, "nll_weight": 20.0, "threads": 1},
 }
 
 
