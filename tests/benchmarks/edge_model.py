@@ -2,7 +2,7 @@
 
 Gates are A @ B of rank 64: neuron i is active where w_i . z > theta_i, z being 63 directions of the residual and
 theta_i a 64th, constant one, chosen so that frequencies follow a beta(0.25, 2.25) law (mean 0.1, a few neurons
-nearly always, most hardly ever). 85 % of z's variance belong to a topic that changes every 64 tokens: about 0.7 of a
+nearly always, most hardly ever). 90 % of z's variance belong to a topic that changes every 64 tokens: about 0.7 of a
 token's neurons were active in the token before, as in a trained ReLU model. The predictor [B; -B], [A, -A] is exact.
 """
 
@@ -26,7 +26,7 @@ SIZES = {
     "1g": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "vocab_size": 8192},
     "small": {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 1024},
 }
-SHARE = 0.85  # of the variance, that is the topic's
+SHARE = 0.9  # of the variance, that is the topic's
 
 
 @dataclass(frozen=True)
