@@ -8,7 +8,7 @@ PREFECT_PORT ?= 4200
 # Processes that share the tests, file by file; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: setup ceph runners chromium demo test test-slow lint format bench server clean
+.PHONY: setup ceph runners chromium demo test test-slow test-long lint format bench server clean
 
 setup: $(READY)
 
@@ -41,7 +41,11 @@ test: setup
 	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
-	$(RUN)/python -m pytest -m "slow and not gpu"
+	$(RUN)/python -m pytest -m "slow and not long and not gpu"
+
+# What would make CI longer than an hour.
+test-long: setup
+	$(RUN)/python -m pytest -m "long and not gpu"
 
 lint: setup
 	$(RUN)/ruff check .

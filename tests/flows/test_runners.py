@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RUNNERS = [
     pytest.param("thread"),
     pytest.param("process", marks=pytest.mark.slow),
-    pytest.param("dask", marks=pytest.mark.slow),
+    pytest.param("dask", marks=[pytest.mark.slow, pytest.mark.long]),
     pytest.param("ray", marks=pytest.mark.slow),
 ]
 PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}

@@ -22,7 +22,7 @@ from tests.servers.buckets import new_lake, use_endpoint
 from tests.servers.prefect import Server, is_idle, prefect_server, start, stop, wait_until, winnow, worker
 from tests.servers.processes import moto
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
