@@ -84,7 +84,7 @@ class EdgeModel:
         if self.kv.n_tokens == self.kv.n_most:
             raise PromptTooLong(f"{self.kv.n_most} tokens are all there is memory for; raise max_tokens")
         started = self.clock()
-        logits = self._pass([token], self._decode)
+        logits = self._pass([token], self._decode, begin=self.decoding.prefetch)
         self.seconds += self.clock() - started
         self.ffn.activity.n_tokens += 1
         return logits[-1]
@@ -180,7 +180,13 @@ class EdgeModel:
         return found
 
     @torch.inference_mode()
-    def _pass(self, ids: Sequence[int], feed_forward: "FeedForwardStep", every: bool = False) -> Tensor:
+    def _pass(
+        self,
+        ids: Sequence[int],
+        feed_forward: "FeedForwardStep",
+        every: bool = False,
+        begin: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Logits (tokens, vocabulary) behind new tokens; of the last one alone unless `every`."""
         if self.is_broken:
             raise BundleError("a read of the bundle failed or was interrupted before; open it again")
@@ -188,6 +194,8 @@ class EdgeModel:
         self.is_broken = True
         body, start = self.model.model, self.kv.n_tokens
         hidden = body.embed_tokens(torch.tensor([list(ids)]))
+        if begin is not None:
+            begin(0, hidden[0])
         positions = torch.arange(start, start + len(ids))[None]
         rotation = body.rotary_emb(hidden, positions)
         mask = _mask(start, len(ids)) if start and len(ids) > 1 else None
