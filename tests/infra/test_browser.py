@@ -105,7 +105,7 @@ def test_a_run_is_started_watched_and_its_artifacts_are_opened(server: Server, p
     page.get_by_label("Name (Optional)").first.fill("browsed")
     for label, value in (("Candidates", "4"), ("New tokens", "48"), ("Threads", "1"), ("Shard size", "2")):
         page.get_by_label(f"{label} (Optional)", exact=True).fill(value)
-    page.get_by_text("Policy (Optional)").scroll_into_view_if_needed()
+    page.get_by_text("Policy (Optional)", exact=True).scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "form.png")
     before = _n_runs(server)
     page.get_by_role("button", name="Submit").click()

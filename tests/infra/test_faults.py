@@ -84,11 +84,15 @@ def _check(lake: Path, expected: dict[str, str]) -> None:
 def test_a_run_killed_with_its_worker_is_found_out_and_started_again_by_the_next_worker(
     server: Server, lake: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
-    whole = {"config": PIPELINE, "lake": str(tmp_path / "other")}
+    # Its stages take longer than a worker takes to pick up the other run.
+    longer = PIPELINE | {"ingest": {"max_prompts": 2 * N_SHARDS, "max_heldout": 2}, "generate": GENERATE}
+    whole = {"config": longer, "lake": str(tmp_path / "other")}
     with worker(server, "doomed"), worker(server, "doomed-too"):
-        run_id, pipeline = _start(server, lake), server.run("pipeline/default", **whole)
-        wait_until(_some_but_not_all(lake), "some shards")
+        pipeline = server.run("pipeline/default", **whole)
         wait_until(lambda: _stages(server, pipeline, "RUNNING") != [], "a stage of the pipeline")
+        run_id = _start(server, lake)
+        some = _some_but_not_all(lake)
+        wait_until(lambda: some() and _stages(server, pipeline, "RUNNING") != [], "shards, and a stage beside them")
     # Nobody is left who could tell the server; only the missing heartbeat does.
     assert server.flow_run(run_id)["state"]["type"] == "RUNNING"
     done = _shards(lake)
