@@ -8,7 +8,7 @@ PREFECT_PORT ?= 4200
 # Processes that share the tests, file by file; each computes with one thread.
 WORKERS ?= 2
 
-.PHONY: setup ceph runners chromium demo test test-slow test-long lint format bench server clean
+.PHONY: setup ceph postgres runners chromium demo test test-slow test-long lint format bench server clean
 
 setup: $(READY)
 
@@ -23,6 +23,12 @@ ceph:
 	command -v radosgw >/dev/null && command -v ceph-mon >/dev/null && command -v ceph-osd >/dev/null || { \
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
 		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd; }
+
+# Debian and Ubuntu: the database of the slow test in which it goes away. It skips without it.
+postgres:
+	command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || { \
+		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); $$sudo apt-get update -qq && \
+		$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql; }
 
 # Dask and Ray for the slow tests of their task runners, which skip without them.
 runners: setup

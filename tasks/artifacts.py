@@ -20,6 +20,7 @@ from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
 
 from storage.lake import DatasetRef
+from tasks.lineage import announce
 from tasks.logs import log_event
 
 Cell = str | int | float | None
@@ -31,7 +32,7 @@ MOST_BYTES = 1_000_000
 
 
 def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Mapping[str, Cell]]) -> None:
-    """One summary, with where the dataset is, and one table for a finished stage."""
+    """One summary, with where the dataset is, one table, and an event for a finished stage."""
     if not in_run():
         return
     lines = [f"## {ref}", "", "| | |", "|---|---|", *(f"| {key} | {_text(value)} |" for key, value in summary.items())]
@@ -42,6 +43,7 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
         table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows[:MOST_ROWS]]
         shown = f"Per group: {ref}" if len(rows) <= MOST_ROWS else f"Per group, first {MOST_ROWS} of {len(rows)}: {ref}"
         create_table_artifact(table, key=f"{key}-table", description=shown)
+    announce(ref)
 
 
 def show_table(ref: DatasetRef, what: str, rows: Sequence[Mapping[str, Cell]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.lake import Lake
+from tasks.lineage import MADE
 from tests.servers.prefect import Server, wait_until, winnow, worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -82,6 +83,18 @@ def test_artifacts_say_what_was_made_where_and_how_far_it_got(server: Server, se
             one["description"],
         )
     assert all(len(json.dumps(one["data"])) < 1_500_000 for one in _artifacts(server, "small"))
+
+
+def test_versions_are_assets_with_what_they_were_made_from(server: Server, server_lake: Path, finished: str) -> None:
+    lake = Lake.open(str(server_lake))
+    pairs, scored = lake.resolve("preferences/small"), lake.manifest(lake.resolve("preferences/small")).inputs
+    wanted = {"filter": {"event": {"name": [MADE]}, "resource": {"id": [f"file://{pairs.uri}"]}}}
+    wait_until(lambda: server.call("POST", "/events/filter", wanted)["events"] != [], "the event")
+    (event,) = server.call("POST", "/events/filter", wanted)["events"]
+    assert event["resource"]["prefect.resource.name"] == str(pairs)
+    roles = {one["prefect.resource.id"]: one["prefect.resource.role"] for one in event["related"]}
+    assert roles[f"file://{lake.resolve(scored['candidates']).uri}"] == "asset"
+    assert any(one["prefect.resource.id"].startswith("prefect.flow-run.") for one in event["related"])
 
 
 def test_logs_name_stage_version_and_shard(server: Server, server_lake: Path, finished: str) -> None:
