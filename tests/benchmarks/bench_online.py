@@ -68,7 +68,7 @@ class Recipe:
 ON_POLICY = {
     "grpo": Recipe(OnlineSettings("grpo", samples=8), 16),
     "rloo": Recipe(OnlineSettings("rloo", samples=8), 16),
-    "ppo": Recipe(OnlineSettings("ppo", epochs=2, minibatches=2), 128),
+    "ppo": Recipe(OnlineSettings("ppo", kl_coef=0.1, epochs=2, minibatches=2), 64, 40, 2e-4),
     # One answer less a greedy one is a noisier judgement than a place among eight: more answers, smaller steps.
     "remax": Recipe(OnlineSettings("remax", samples=3, kl_coef=0.02), 32, 60, 2e-4),
     # The anchor follows faster than the paper's, which trains for thousands of steps, and the reward, which seldom
@@ -144,7 +144,7 @@ def on_policy(recipe: Recipe, seed: int) -> Curve:
 def best_of_n(seed: int) -> Curve:
     """Rounds of best-of-16 with cuts, whose winners are imitated; every round starts from the last one's model."""
     starter, (train, held_out) = Starter.load("cpu"), questions(seed)
-    policy, looks, started = starter.policy, [look(starter, starter.policy, held_out)], time.process_time()
+    policy, looks, started = starter.policy, [look(starter, starter.policy, held_out, seed)], time.process_time()
     for number in range(ROUNDS):
         asked = train[number * ROUND_PROMPTS :][:ROUND_PROMPTS]
         rows = PairRows(winners(policy, starter, asked, seed * ROUNDS + number))
@@ -152,7 +152,7 @@ def best_of_n(seed: int) -> Curve:
             places = Places(Path(folder) / "model", Path(folder) / "work")
             train_offline(policy, rows, replace(DISTIL, seed=seed), places)
         policy.model.train(False)
-        looks.append(look(starter, policy, held_out))
+        looks.append(look(starter, policy, held_out, seed))
     answers = [number * ROUND_PROMPTS * N_CANDIDATES for number in range(ROUNDS + 1)]
     figures = {metric: [found[""][metric] for found in looks] for metric in METRICS}
     groups = {name: values["truth"] for name, values in looks[-1].items() if name}
@@ -173,11 +173,11 @@ def winners(policy: LoadedModel, starter: Starter, asked: Sequence[Prompt], seed
     return rows
 
 
-def look(starter: Starter, policy: LoadedModel, held_out: Sequence[Prompt]) -> dict[str, dict[str, float]]:
+def look(starter: Starter, policy: LoadedModel, held_out: Sequence[Prompt], seed: int) -> dict[str, dict[str, float]]:
     """What `train_online` shows of its policy, of this one, against the starter as its reference."""
     players = Players.of(load_policy(str(path("policy"))), None, Cast(), 0)
     players.model.load_state_dict(policy.model.state_dict())
-    gatherer = Gatherer(players, Sampler(starter.reward, DRAWING), OnlineSettings(), rows=64)
+    gatherer = Gatherer(players, Sampler(starter.reward, replace(DRAWING, seed=seed)), OnlineSettings(), rows=64)
     return Evaluation(gatherer, held_out, EVAL_SAMPLES, truth).run(0)[0]
 
 
