@@ -6,6 +6,7 @@ from storage.lake import DatasetRef, Lake
 from tasks import assemble as steps
 from tasks.cache import published
 from tasks.settings import AssembleConfig
+from tasks.tags import untagged
 
 
 @flow(name="assemble", flow_run_name="assemble-{config.name}", persist_result=False)
@@ -17,4 +18,5 @@ def assemble(config: AssembleConfig, lake: str) -> DatasetRef:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
-    return published(step, lake) or steps.assemble(step, lake)
+    with untagged():
+        return published(step, lake) or steps.assemble(step, lake)

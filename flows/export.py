@@ -6,6 +6,7 @@ from storage.lake import DatasetRef, Lake
 from tasks import export as steps
 from tasks.cache import published
 from tasks.settings import ExportConfig
+from tasks.tags import untagged
 
 
 @flow(name="export", flow_run_name="export-{config.name}", persist_result=False)
@@ -17,4 +18,5 @@ def export(config: ExportConfig, lake: str) -> DatasetRef:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
-    return published(step, lake) or steps.export(step, lake)
+    with untagged():
+        return published(step, lake) or steps.export(step, lake)

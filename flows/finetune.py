@@ -6,6 +6,7 @@ from storage.lake import DatasetRef, Lake
 from tasks import finetune as steps
 from tasks.cache import published
 from tasks.settings import FinetuneConfig
+from tasks.tags import untagged
 
 
 @flow(name="finetune", flow_run_name="finetune-{config.name}", persist_result=False)
@@ -17,4 +18,5 @@ def finetune(config: FinetuneConfig, lake: str) -> DatasetRef:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config, Lake.open(lake))
-    return published(step, lake) or steps.finetune(step, lake)
+    with untagged():
+        return published(step, lake) or steps.finetune(step, lake)

@@ -8,6 +8,7 @@ from tasks.cache import published
 from tasks.runners import run_shards
 from tasks.settings import GenerateConfig
 from tasks.settings_execution import HERE, ExecutionConfig
+from tasks.tags import untagged
 
 
 @flow(name="generate", flow_run_name="generate-{config.name}", persist_result=False)
@@ -23,6 +24,7 @@ def generate(config: GenerateConfig, lake: str, execution: ExecutionConfig = HER
     found = published(step, lake)
     if found:
         return found
-    count = steps.count_shards(step, lake)
-    run_shards(steps.generate_shard, step, lake, count, execution)
-    return steps.publish(step, lake, count)
+    with untagged():
+        count = steps.count_shards(step, lake)
+        run_shards(steps.generate_shard, step, lake, count, execution)
+        return steps.publish(step, lake, count)

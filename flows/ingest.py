@@ -6,6 +6,7 @@ from storage.lake import DatasetRef
 from tasks import ingest as steps
 from tasks.cache import published
 from tasks.settings import IngestConfig
+from tasks.tags import untagged
 
 
 @flow(name="ingest", flow_run_name="ingest-{config.name}", persist_result=False)
@@ -17,4 +18,5 @@ def ingest(config: IngestConfig, lake: str) -> DatasetRef:
         lake: the lake, a folder or s3://BUCKET/PREFIX
     """
     step = steps.prepare(config)
-    return published(step, lake) or steps.ingest(step, lake)
+    with untagged():
+        return published(step, lake) or steps.ingest(step, lake)
