@@ -11,7 +11,7 @@ def untagged() -> Iterator[None]:
     """Tasks called here do not inherit the tags of their flow run.
 
     Prefect asks the server for a concurrency slot per tag before a task starts. On SQLite that took two seconds in
-    every second task of a pipeline, a tenth of the demo's time.
+    two of five tasks of a pipeline, a tenth of the demo's time.
     """
     with TagsContext(current_tags=set()):
         yield
