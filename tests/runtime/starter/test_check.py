@@ -7,6 +7,7 @@ from runtime.starter.check import CheckSettings, check
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_shipped_starter_is_imperfect_improvable_and_its_scores_mean_something() -> None:
     figures = check(path("policy").parent, CheckSettings(n_prompts=300, n_samples=64))
