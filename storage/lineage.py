@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from storage.errors import LakeError, RefError
+from storage.errors import LakeError
 from storage.manifest import FILE_NAME, Manifest, parse_manifest
 from storage.objects import ObjectStore
-from storage.refs import DatasetRef, parse_ref
+from storage.refs import DatasetRef, parse_version
 
 # Roles whose rows go into a version; a calibration or a model only steers how they are made.
 CONTENT_ROLES = ("preferences", "candidates", "prompts")
@@ -78,11 +78,8 @@ def _nearest_first(inputs: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _ref(text: str) -> DatasetRef | None:
-    try:
-        kind, name, version = parse_ref(text)
-    except RefError:
-        return None
-    return DatasetRef(kind, name, version, "") if version else None
+    found = parse_version(text)
+    return DatasetRef(*found, "") if found else None
 
 
 def _manifest(store: ObjectStore, text: str) -> Manifest | None:

@@ -30,6 +30,11 @@ class DatasetRef:
         """The version's folder inside the lake."""
         return f"{self.kind}/{self.name}/{self.version}"
 
+    @property
+    def root(self) -> str:
+        """Address of the lake."""
+        return self.uri.removesuffix(f"/{self.prefix}")
+
 
 def parse_ref(text: str) -> tuple[str, str, str | None]:
     """(kind, name, version or None) of `kind/name` or `kind/name@version`; RefError otherwise."""
@@ -39,6 +44,15 @@ def parse_ref(text: str) -> tuple[str, str, str | None]:
     if "@" in text:
         check_version(version, text)
     return kind, name, version or None
+
+
+def parse_version(text: str) -> tuple[str, str, str] | None:
+    """(kind, name, version) of an input that is a version; None for the hash of a file or a model from outside."""
+    try:
+        kind, name, version = parse_ref(text)
+    except RefError:
+        return None
+    return (kind, name, version) if version else None
 
 
 def check_name(kind: str, name: str, shown: str) -> None:

@@ -20,7 +20,7 @@ from prefect.context import get_run_context
 from prefect.exceptions import MissingContextError
 
 from storage.lake import DatasetRef
-from tasks.lineage import announce
+from tasks.assets import announce
 from tasks.logs import log_event
 
 Cell = str | int | float | None
@@ -132,9 +132,8 @@ def in_run() -> bool:
 
 def _places(ref: DatasetRef) -> list[str]:
     """Where to look further; the address of a lake holds no secret."""
-    root = ref.uri.removesuffix(f"/{ref.prefix}")
     link = f"[{ref.uri}](file://{ref.uri})" if ref.uri.startswith("/") else f"`{ref.uri}`"
-    return [f"Dataset: {link}", "", f"Report: `winnow report {ref} --lake {root}`"]
+    return [f"Dataset: {link}", "", f"Report: `winnow report {ref} --lake {ref.root}`"]
 
 
 def _bounded(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from storage.lake import Lake
+from tests.servers.postgres import INSTALL, postgres, programs
 from tests.servers.prefect import Server, prefect_server, wait_until, winnow, worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -180,6 +181,29 @@ def test_a_run_outlives_a_database_that_is_locked_for_half_a_minute(
             database.execute("ROLLBACK")
         assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
     _check(lake, expected)
+
+
+@pytest.mark.skipif(programs() is None, reason=f"no PostgreSQL server here; {INSTALL}")
+def test_a_run_outlives_a_database_that_is_gone_for_half_a_minute(
+    lake: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    with (
+        postgres() as database,
+        prefect_server(tmp_path / "prefect", PREFECT_API_DATABASE_CONNECTION_URL=database.url) as server,
+    ):
+        deployed = winnow(server, "deploy", "--lake", str(lake))
+        assert deployed.returncode == 0, deployed.stderr
+        with worker(server, "patient"):
+            run_id = _start(server, lake)
+            wait_until(_some_but_not_all(lake), "some shards")
+            database.stop()
+            time.sleep(30)
+            database.start()
+            assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
+            assert server.flow_run(run_id)["run_count"] == 1
+    _check(lake, expected)
+    (made,) = Lake.open(str(lake)).manifests("candidates")
+    assert sum(file.rows or 0 for file in made.files if file.table == "candidates") == 2 * N_SHARDS * GENERATE["n"]
 
 
 def test_the_same_run_twice_at_once_makes_one_version(server: Server, lake: Path, expected: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.lake import Lake
-from tasks.lineage import MADE
+from tasks.assets import MADE
 from tests.servers.prefect import Server, wait_until, winnow, worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

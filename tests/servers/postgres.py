@@ -66,9 +66,10 @@ def _user() -> str | None:
 
 
 @contextmanager
-def postgres(where: Path) -> Iterator[Postgres]:
-    """A fresh database; its programs are in `where`."""
-    user = _user()
+def postgres() -> Iterator[Postgres]:
+    """A fresh database; AssertionError where it is not installed."""
+    where, user = programs(), _user()
+    assert where is not None, INSTALL
     # Not in pytest's folders, which are closed to the user that it has to run as.
     with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
         if user is not None:
