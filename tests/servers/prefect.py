@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -63,14 +64,22 @@ class Server:
             self.process = None
 
     def call(self, method: str, path: str, body: object = None) -> Any:
-        """An answer of the API; HTTPStatusError for a refusal. A database that is locked for a moment says 503."""
-        for _ in range(20):
-            answer = httpx.request(method, f"{self.url}{path}", json=body, auth=self.auth, timeout=60)
-            if answer.status_code != 503:
-                break
+        """An answer of the API; HTTPStatusError for a refusal.
+
+        As Prefect's own client, it asks again when the server is too busy to answer or its database is locked.
+        """
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                answer = httpx.request(method, f"{self.url}{path}", json=body, auth=self.auth, timeout=60)
+            except (httpx.TimeoutException, httpx.ReadError, httpx.RemoteProtocolError):
+                if time.monotonic() > deadline:
+                    raise
+            else:
+                if answer.status_code != 503 or time.monotonic() > deadline:
+                    answer.raise_for_status()
+                    return answer.json() if answer.content else None
             time.sleep(0.5)
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
 
     def deployment(self, name: str) -> dict[str, Any]:
         """By FLOW/NAME."""
@@ -80,7 +89,9 @@ class Server:
     def run(self, name: str, **parameters: object) -> str:
         """Start a deployment; the id of the run."""
         path = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
-        return str(self.call("POST", path, {"parameters": parameters, "state": {"type": "SCHEDULED"}})["id"])
+        # Asked twice, it is still one run.
+        wanted = {"parameters": parameters, "state": {"type": "SCHEDULED"}, "idempotency_key": uuid4().hex}
+        return str(self.call("POST", path, wanted)["id"])
 
     def flow_run(self, run_id: str) -> dict[str, Any]:
         """As it is now."""
