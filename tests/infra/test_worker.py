@@ -12,7 +12,7 @@ from storage.lake import Lake
 from tasks.assets import MADE
 from tests.servers.prefect import Server, wait_until, winnow, worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 SECRET = "planted-7f3a9c"
 SMALL = {
     "name": "small",
@@ -99,14 +99,17 @@ def test_versions_are_assets_with_what_they_were_made_from(server: Server, serve
 
 def test_logs_name_stage_version_and_shard(server: Server, server_lake: Path, finished: str) -> None:
     drawn = next(one for one in Lake.open(str(server_lake)).manifests("candidates", "small") if one.stage == "generate")
-    wanted = {"logs": {}, "limit": 200, "sort": "TIMESTAMP_DESC"}
-    entries = [
-        entry["message"]
-        for page in range(5)
-        for entry in server.call("POST", "/logs/filter", wanted | {"offset": 200 * page})
-    ]
-    shards = [text for text in entries if text.startswith(f"shard-done stage=generate version={drawn.label} ")]
-    assert sorted(re.search(r"shard=(\d/\d) prompts=3 candidates=12 tokens=\d+", text)[1] for text in shards) == [  # type: ignore[index]
+    mine = {
+        "flow_runs": {"parent_flow_run_id": {"any_": [finished]}, "name": {"any_": [f"generate small@{drawn.version}"]}}
+    }
+    (stage,) = server.call("POST", "/flow_runs/filter", mine)
+
+    def shards() -> list[str]:
+        texts = server.logs(stage["id"]).splitlines()
+        return [text for text in texts if text.startswith(f"shard-done stage=generate version={drawn.label} ")]
+
+    wait_until(lambda: len(shards()) == 2, "the log of the stage")
+    assert sorted(re.search(r"shard=(\d/\d) prompts=3 candidates=12 tokens=\d+", text)[1] for text in shards()) == [  # type: ignore[index]
         "1/2",
         "2/2",
     ]
@@ -124,7 +127,7 @@ def test_no_secret_of_the_worker_is_anywhere_on_the_server_or_in_the_lake(
 ) -> None:
     wait_until(lambda: bool(server.logs(finished)), "the run's log")
     database = server.folder / "server" / "prefect.db"
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60) as connection:
         dump = "\n".join(connection.iterdump())
     assert "small-generate-1-of-2" in dump and SECRET not in dump
     files = [path for path in [*server_lake.rglob("*"), *server.folder.glob("*.log")] if path.is_file()]

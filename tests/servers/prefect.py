@@ -25,7 +25,11 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
 }
+OPEN = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING", "CRASHED")
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+# Of whatever waits for a server or a run: a machine may have other things to do. Nothing here is about time.
+PATIENCE_S = 600
 
 
 @dataclass(slots=True)
@@ -55,7 +59,7 @@ class Server:
         log = self.folder / "server.log"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
         self.process = start(command, environment | QUIET | own | self.settings, log)
-        wait_for_http(self.port, self.process, log, seconds=150)
+        wait_for_http(self.port, self.process, log, PATIENCE_S)
 
     def stop(self, how: int = signal.SIGKILL) -> None:
         """With all its processes."""
@@ -66,14 +70,15 @@ class Server:
     def call(self, method: str, path: str, body: object = None) -> Any:
         """An answer of the API; HTTPStatusError for a refusal.
 
-        As Prefect's own client, it asks again when the server is too busy to answer or its database is locked.
+        As Prefect's own client, it asks again when the server is too busy to answer or its database is locked; not when
+        the server has ended.
         """
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 answer = httpx.request(method, f"{self.url}{path}", json=body, auth=self.auth, timeout=60)
-            except (httpx.TimeoutException, httpx.ReadError, httpx.RemoteProtocolError):
-                if time.monotonic() > deadline:
+            except httpx.TransportError:
+                if time.monotonic() > deadline or self.process is None or self.process.poll() is not None:
                     raise
             else:
                 if answer.status_code != 503 or time.monotonic() > deadline:
@@ -98,7 +103,7 @@ class Server:
         found: dict[str, Any] = self.call("GET", f"/flow_runs/{run_id}")
         return found
 
-    def wait(self, run_id: str, states: Sequence[str] = ENDED, seconds: float = 240) -> dict[str, Any]:
+    def wait(self, run_id: str, states: Sequence[str] = ENDED, seconds: float = PATIENCE_S) -> dict[str, Any]:
         """The run once it is in one of the states (by type or name); AssertionError when it never is."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -107,6 +112,13 @@ class Server:
                 return found
             time.sleep(0.2)
         raise AssertionError(f"{found['name']} is {found['state']['name']}, not one of {states}")
+
+    def cancel_open_runs(self) -> None:
+        """No worker is handed them any more; crashed ones too, which an automation would start again."""
+        wanted = {"flow_runs": {"state": {"type": {"any_": OPEN}}}}
+        for run in self.call("POST", "/flow_runs/filter", wanted):
+            state = {"state": {"type": "CANCELLED", "name": "Cancelled"}, "force": True}
+            self.call("POST", f"/flow_runs/{run['id']}/set_state", state)
 
     def logs(self, run_id: str) -> str:
         """Everything the run and its tasks said."""
@@ -149,7 +161,7 @@ def winnow(server: Server, *arguments: str, **variables: str) -> subprocess.Comp
     """The command line, against the server."""
     command = [sys.executable, "-m", "flows.cli", *arguments]
     environment = server.environment() | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -173,7 +185,7 @@ def stop(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
     process.wait()
 
 
-def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 300) -> None:
     """AssertionError, saying what was waited for, when it never comes."""
     deadline = time.monotonic() + seconds
     while not is_so():

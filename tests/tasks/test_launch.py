@@ -95,7 +95,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         while len(_alive(str(work))) < 4 and time.monotonic() < deadline:  # the parent, torchrun and two processes
             time.sleep(0.2)
-        assert len(_alive(str(work))) == 4
+        assert len(_alive(str(work))) >= 4
     finally:
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()

@@ -25,9 +25,12 @@ from runtime.records import Candidate, Message, Prompt
 from runtime.rewards.classifier import ClassifierReward
 from runtime.starter import path
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("openai") is None, reason="needs the openai client: pip install 'winnow[dev]'"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("openai") is None, reason="needs the openai client: pip install 'winnow[dev]'"
+    ),
+    pytest.mark.timeout(300),  # the first test waits for the server
+]
 PROMPTS = tuple(
     Prompt(f"p{i}", (Message("user", f"I work at the till. What is {40 + i} + 7 - 5 + 3 ?"),), "clerk")
     for i in range(3)
@@ -48,7 +51,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=output, stderr=output, env=environment
         )
         try:
-            for _ in range(600):
+            deadline = time.monotonic() + 180
+            while time.monotonic() < deadline:
                 try:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
                     break
