@@ -15,11 +15,13 @@ from tasks.cache import published_chain
 from tasks.export import check_format
 from tasks.plan import check_connections, export_inputs
 from tasks.settings import ChainConfig
-from tasks.settings_execution import HERE, ExecutionConfig
+from tasks.settings_execution import PIPELINE_HERE, PipelineExecutionConfig
 
 
 @flow(name="pipeline", flow_run_name="pipeline-{config.name}", persist_result=False)
-def pipeline(config: ChainConfig, lake: str, execution: ExecutionConfig = HERE) -> dict[str, DatasetRef]:
+def pipeline(
+    config: ChainConfig, lake: str, execution: PipelineExecutionConfig = PIPELINE_HERE
+) -> dict[str, DatasetRef]:
     """Prompts to a fine-tuned, evaluated and exported model; stages that are in the lake already are not run.
 
     Args:

@@ -10,25 +10,25 @@ from tasks.errors import ConfigError
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
 }
 
 
 def prepare_prefect(verbose: bool) -> None:
-    """Set the defaults and check that a configured server answers."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    if not verbose:
-        # Only the console is quiet: the run's own log, as the UI shows it, stays complete.
-        for handler in ("CONSOLE", "DEBUG"):
-            os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
-    _check_server()
+    """Set the defaults; check that a configured server answers, or start one where none is."""
+    _set_defaults(verbose)
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url:
+        _check_server()
+    elif settings.server.ephemeral.enabled:
+        _start_server()
 
 
 def need_server() -> str:
     """The address of the server that is configured; ConfigError when there is none."""
-    prepare_prefect(verbose=True)
+    _set_defaults(verbose=True)
     from prefect.settings import get_current_settings
 
     url = get_current_settings().api.url
@@ -36,7 +36,31 @@ def need_server() -> str:
         raise ConfigError(
             "this needs a Prefect server: start one (`make server`), then set PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
+    _check_server()
     return url
+
+
+def _set_defaults(verbose: bool) -> None:
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        # Only the console is quiet: the run's own log, as the UI shows it, stays complete.
+        for handler in ("CONSOLE", "DEBUG"):
+            os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
+
+
+def _start_server() -> None:
+    """A server of this command's own; while it starts, what every run needs is imported."""
+    from flows.temporary_server import TemporaryServer
+
+    server = TemporaryServer()
+    os.environ["PREFECT_API_URL"] = server.url
+    from prefect.context import refresh_global_settings_context
+
+    refresh_global_settings_context()
+    import flows.pipeline  # noqa: F401
+
+    server.wait()
 
 
 def _check_server() -> None:
@@ -44,8 +68,7 @@ def _check_server() -> None:
     from prefect.settings import get_current_settings
 
     api = get_current_settings().api
-    if not api.url:
-        return
+    assert api.url is not None
     user, _, password = api.auth_string.get_secret_value().partition(":") if api.auth_string else ("", "", "")
     try:
         # Not /health, which answers whoever asks.

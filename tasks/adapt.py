@@ -14,7 +14,7 @@ from storage.lake import DatasetRef, Lake
 from storage.manifest import Manifest
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
-from tasks.generate import heldin_prompts
+from tasks.generate import drawn, heldin_prompts
 from tasks.models import model_identity, model_path, use_threads
 from tasks.rows import prompts_of, rows_of
 from tasks.settings import STARTER, AdaptConfig
@@ -67,7 +67,7 @@ def adapt(step: Step, lake_root: str) -> DatasetRef:
     train, held_out = _samples(step, lake, policy)
     found: list[tuple[S3DAdapter, Acceptance, list[dict[str, float | str]]]] = []
     for kept, choice in zip(config.kept, choices, strict=True):
-        adapter = train_s3d(policy, train, choice, progress(f"{step.name} {kept}"))
+        adapter = train_s3d(policy, train, choice, progress(f"{step.name} {kept}", "steps"))
         acceptance = measure(policy, adapter, held_out, choice)
         adapter.knows(acceptance.coupled.rates)
         found.append((adapter, acceptance, figures(acceptance, adapter, policy.model)))
@@ -153,7 +153,7 @@ def _draw(step: Step, prompts: pa.Table, policy: "LoadedModel") -> pa.Table:
     )
     engine = Engine(policy, sampling, CutSchedule(), None, max(128, config.samples), config.prompt_format)
     asked = prompts_of(prompts)
-    answers = list(engine.generate(asked, progress(f"{step.name} answers")))
+    answers = drawn(engine, asked, progress(f"{step.name} answers", "prompts"))
     return candidates_table(asked, answers, config.model, config.seed)
 
 

@@ -39,18 +39,17 @@ def show_stage(ref: DatasetRef, summary: Mapping[str, object], rows: Sequence[Ma
     lines += ["", *_places(ref)]
     key = _key(f"{ref.kind}-{ref.name}")
     create_markdown_artifact(_bounded("\n".join(lines)), key=f"{key}-summary", description=f"Summary of {ref}")
-    if rows:
-        table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows[:MOST_ROWS]]
-        shown = f"Per group: {ref}" if len(rows) <= MOST_ROWS else f"Per group, first {MOST_ROWS} of {len(rows)}: {ref}"
-        create_table_artifact(table, key=f"{key}-table", description=shown)
+    show_table(ref, "table", rows, "Per group")
     announce(ref)
 
 
-def show_table(ref: DatasetRef, what: str, rows: Sequence[Mapping[str, Cell]]) -> None:
-    """Another table of a finished stage."""
-    if in_run() and rows:
-        table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows]
-        create_table_artifact(table, key=_key(f"{ref.kind}-{ref.name}-{what}"), description=f"{what}: {ref}")
+def show_table(ref: DatasetRef, key: str, rows: Sequence[Mapping[str, Cell]], title: str = "") -> None:
+    """A table of a finished stage, under its key if it has no title; of a long one the first rows."""
+    if not in_run() or not rows:
+        return
+    table = [{name: _rounded(cell) for name, cell in row.items()} for row in rows[:MOST_ROWS]]
+    bound = f", first {MOST_ROWS:,} of {len(rows):,} rows" if len(rows) > MOST_ROWS else ""
+    create_table_artifact(table, key=_key(f"{ref.kind}-{ref.name}-{key}"), description=f"{title or key}{bound}: {ref}")
 
 
 def show_image(ref: DatasetRef, url: str, description: str, key: str = "image") -> None:

@@ -19,6 +19,7 @@ from storage.writer import Shard, VersionWriter
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.pictures import show_picture
+from tasks.retries import RETRIES
 from tasks.settings import AssembleConfig
 from tasks.versions import Step, pin
 
@@ -34,7 +35,7 @@ def prepare(config: AssembleConfig, lake: Lake) -> Step:
     return Step("assemble", "preferences", config.name, pinned, inputs)
 
 
-@task(name="assemble", persist_result=False)
+@task(name="assemble", persist_result=False, **RETRIES)
 def assemble(step: Step, lake_root: str) -> DatasetRef:
     """Screen the prompts, pair, and publish pairs and rejected rows."""
     config, lake = step.config, Lake.open(lake_root)

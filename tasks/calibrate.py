@@ -75,7 +75,7 @@ def answer(step: Step, lake_root: str) -> int:
     return int(table.num_rows)
 
 
-@task(name="publish-calibration", persist_result=False)
+@task(name="publish-calibration", persist_result=False, **RETRIES)
 def publish(step: Step, lake_root: str) -> DatasetRef:
     """Measure, propose a schedule, draw partial against final scores, and publish all of it."""
     from runtime.decoding.calibration import measure, propose

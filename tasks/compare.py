@@ -14,6 +14,7 @@ from tasks.artifacts import show_stage
 from tasks.comparison import START, answer_rows, overview, start_rows, summary, training_rows
 from tasks.errors import USER_ERRORS, ConfigError
 from tasks.pictures import show_picture
+from tasks.retries import RETRIES
 from tasks.settings import CompareConfig, EvaluateConfig, FinetuneConfig
 from tasks.settings_compare import slug, variant
 from tasks.versions import Step, pin
@@ -71,7 +72,7 @@ def named(run: Run) -> Iterator[None]:
         raise ConfigError(f"compare: {run.label}: {error}") from error
 
 
-@task(name="publish-comparison", persist_result=False)
+@task(name="publish-comparison", persist_result=False, **RETRIES)
 def publish(comparison: Comparison, lake_root: str) -> DatasetRef:
     """All figures of all runs in one table, their means and spreads, and a picture."""
     lake, step = Lake.open(lake_root), comparison.step

@@ -14,6 +14,7 @@ from storage.schema import to_table
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
+from tasks.generate import drawn
 from tasks.models import (
     load_function,
     load_policy_model,
@@ -71,14 +72,14 @@ def answer(step: Step, lake_root: str, which: Which) -> int:
         n=config.samples, temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed
     )
     engine = Engine(policy, sampling, CutSchedule(), None, config.max_rows, config.prompt_format)
-    answers = list(engine.generate(prompts_of(prompts), progress(f"{step.name} {which}", "prompts")))
+    answers = drawn(engine, prompts_of(prompts), progress(f"{step.name} {which}", "prompts"))
     table = candidates_table(prompts_of(prompts), answers, f"{source}@{policy.content_hash[:12]}", config.seed)
     scored = scored_table(table, prompts, config, lake)
     writer.write(shard, _judged(scored, prompts, config))
     return int(table.num_rows)
 
 
-@task(name="compare", persist_result=False)
+@task(name="compare", persist_result=False, **RETRIES)
 def compare(step: Step, lake_root: str) -> DatasetRef:
     """Publish both models' answers with the metrics of every group."""
     lake = Lake.open(lake_root)

@@ -18,6 +18,7 @@ from tasks.calibration_text import calibration_text, pin_text
 from tasks.errors import ConfigError, ModelError
 from tasks.models import load_policy_model, model_identity, model_path, use_threads
 from tasks.pictures import show_pictures
+from tasks.retries import RETRIES
 from tasks.settings import ExportConfig
 from tasks.versions import Step
 
@@ -46,7 +47,7 @@ def check_format(config: ExportConfig, model: str, lake: Lake) -> None:
     check_architecture(str(found.get("model_type")), str(found.get("hidden_act", found.get("hidden_activation"))))
 
 
-@task(name="export", persist_result=False)
+@task(name="export", persist_result=False, **RETRIES)
 def export(step: Step, lake_root: str) -> DatasetRef:
     """Write the export and publish it; refuses one that costs more than was promised."""
     config, lake = step.config, Lake.open(lake_root)

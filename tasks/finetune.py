@@ -51,13 +51,15 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     assert isinstance(config, FinetuneConfig)
     use_threads(config.threads)
     rows = read_rows(step, lake)
-    shown = progress(f"{step.name} finetune")
+    shown = progress(f"{step.name} finetune", "steps")
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
         if config.processes > 1:
             report = train_together(step, lake_root, work, shown)
         else:
             report = train(step, rows, lake, work, shown)
+        shown.count(report.n_tokens)
+        shown.show()
         writer = step.writer(lake)
         writer.add_tree(work / "model", "model")
         if (work / "logs").is_dir():

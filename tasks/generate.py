@@ -89,7 +89,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int, execution
     return int(table.num_rows)
 
 
-@task(name="publish-candidates", persist_result=False)
+@task(name="publish-candidates", persist_result=False, **RETRIES)
 def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version."""
     lake = Lake.open(lake_root)

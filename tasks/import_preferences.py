@@ -17,6 +17,7 @@ from tasks.errors import InputError
 from tasks.importers.collect import STAGE, Collected, collect, contradictions
 from tasks.importers.records import Pair
 from tasks.importers.sources import identity, read_source
+from tasks.retries import RETRIES
 from tasks.rows import rejected_row
 from tasks.settings_import import ImportConfig
 from tasks.versions import Step
@@ -29,7 +30,7 @@ def prepare(config: ImportConfig) -> Step:
     return Step(STAGE, "preferences", config.name, config, {"source": identity(config)})
 
 
-@task(name="import", persist_result=False)
+@task(name="import", persist_result=False, **RETRIES)
 def import_preferences(step: Step, lake_root: str) -> DatasetRef:
     """Read, check and publish the pairs, and before them their prompts as prompts/NAME."""
     config, lake = step.config, Lake.open(lake_root)

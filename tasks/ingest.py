@@ -17,6 +17,7 @@ from tasks.errors import ConfigError, InputError
 from tasks.ingest_readers import RawRow, Unreadable, read_rows, source_identity
 from tasks.messages import Unusable, clean_prompt, prompt_id_of
 from tasks.pictures import show_picture
+from tasks.retries import RETRIES
 from tasks.rows import rejected_row
 from tasks.settings import IngestConfig
 from tasks.versions import Step
@@ -40,7 +41,7 @@ def prepare(config: IngestConfig) -> Step:
     return Step("ingest", "prompts", config.name, config, {"source": source_identity(config)})
 
 
-@task(name="ingest", persist_result=False)
+@task(name="ingest", persist_result=False, **RETRIES)
 def ingest(step: Step, lake_root: str) -> DatasetRef:
     """Read, clean and publish the prompts."""
     config = step.config

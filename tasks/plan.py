@@ -9,7 +9,7 @@ from storage.lake import Lake
 from tasks import assemble, evaluate, export, finetune, generate, ingest, score
 from tasks.errors import ConfigError
 from tasks.models import model_path
-from tasks.settings import ChainConfig, EvaluateConfig, GenerateConfig
+from tasks.settings import CONNECTED, ChainConfig, EvaluateConfig, GenerateConfig
 from tasks.versions import Step
 
 STAGES = ("ingest", "generate", "score", "assemble", "finetune", "evaluate", "export")
@@ -30,23 +30,18 @@ class StagePlan:
 
 def check_connections(config: ChainConfig) -> None:
     """Raise ConfigError when the configuration sets an input that the pipeline connects itself, or trains no policy."""
-    inputs = {
-        "generate.prompts": config.generate.prompts,
-        "score.candidates": config.score.candidates,
-        "assemble.candidates": config.assemble.candidates,
-        "finetune.preferences": config.finetune.preferences,
-        "evaluate.prompts": config.evaluate.prompts,
-        "evaluate.after": config.evaluate.after,
-        "export.model": config.export.model,
-        "export.candidates": config.export.candidates,
-    }
     if config.finetune.method == "reward":
         raise ConfigError(
             'config: finetune.method = "reward": a pipeline trains a policy; run `winnow finetune` for a reward model'
         )
-    for key, value in inputs.items():
-        if value:
-            raise ConfigError(f'config: {key} = "{value}": a pipeline connects its stages itself; leave it empty')
+    for stage, fields in CONNECTED.items():
+        for field in fields:
+            settings = getattr(config, stage)
+            value = getattr(settings, field)
+            if value != type(settings).model_fields[field].default:
+                raise ConfigError(
+                    f'config: {stage}.{field} = "{value}": a pipeline connects its stages itself; leave it out'
+                )
 
 
 def steps(config: ChainConfig, lake: Lake) -> dict[str, Step]:

@@ -59,7 +59,7 @@ def score_shard(step: Step, lake_root: str, index: int, count: int, execution: E
     return int(scored.num_rows)
 
 
-@task(name="publish-scores", persist_result=False)
+@task(name="publish-scores", persist_result=False, **RETRIES)
 def publish(step: Step, lake_root: str, count: int) -> DatasetRef:
     """Publish all shards as a version; refuses scores that say nothing."""
     lake = Lake.open(lake_root)

@@ -6,7 +6,9 @@ Every field goes into the fingerprint of its stage: changing one makes a new ver
 import re
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from tasks.settings_adapt import AdaptConfig as AdaptConfig
 from tasks.settings_align import AlignConfig as AlignConfig
@@ -20,7 +22,7 @@ from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_compare import MethodsConfig as MethodsConfig
 from tasks.settings_drafting import S3D, S3D_ADAPTER
-from tasks.settings_execution import HERE
+from tasks.settings_execution import PIPELINE_HERE, PipelineExecutionConfig
 from tasks.settings_execution import ExecutionConfig as ExecutionConfig
 from tasks.settings_export import ExportConfig as ExportConfig
 from tasks.settings_finetune import FinetuneConfig as FinetuneConfig
@@ -32,6 +34,15 @@ CutPolicyName = Literal["none", "schedule", "calibrated", "adaptive", "memory"]
 
 LANGUAGE_PATTERN = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 Stage = TypeVar("Stage", bound="StageConfig")
+# Inputs that a pipeline connects itself.
+CONNECTED = {
+    "generate": ("prompts",),
+    "score": ("candidates",),
+    "assemble": ("candidates",),
+    "finetune": ("preferences",),
+    "evaluate": ("prompts", "before", "after"),
+    "export": ("model", "candidates"),
+}
 
 
 class IngestConfig(SourceConfig):
@@ -84,7 +95,7 @@ class GenerateConfig(RewardConfig):
 
     prompts: str = Field("", title="Prompts", description="REF of the prompts; empty: prompts/NAME, latest")
     model: str = Field(STARTER, title="Policy", description="Folder, hub name, models/NAME or starter")
-    n: int = Field(16, title="Candidates", description="Candidates per prompt", ge=1, le=4096)
+    n: int = Field(16, title="Candidates", description="Candidates per prompt; at most as many as rows", ge=1, le=4096)
     temperature: float = Field(1.0, title="Temperature", description="0 is greedy", ge=0, le=10)
     top_k: int = Field(0, title="Top-k", description="0: off", ge=0)
     top_p: float = Field(1.0, title="Top-p", description="1: off", gt=0, le=1)
@@ -135,7 +146,9 @@ class GenerateConfig(RewardConfig):
     contrast: int = Field(
         1, title="Contrast", description="Losers of the first cut that still run to completion, for pairs", ge=0
     )
-    max_rows: int = Field(128, title="Rows", description="Candidates decoded together", ge=1)
+    max_rows: int = Field(
+        128, title="Rows", description="Candidates decoded together; at least those of one prompt", ge=1
+    )
     kv_budget_mb: int | None = Field(
         None, title="KV budget", description="Megabytes for keys and values, the reward model's included", ge=1
     )
@@ -234,14 +247,14 @@ class EvaluateConfig(RewardConfig):
     prompts: str = Field("", title="Prompts", description="REF of prompts with held-out ones; empty: prompts/NAME")
     before: str = Field(STARTER, title="Before", description="Folder, hub name, models/NAME or starter")
     after: str = Field("", title="After", description="Likewise; empty: models/NAME, latest")
-    samples: int = Field(4, title="Samples", description="Answers per prompt and model", ge=1)
+    samples: int = Field(4, title="Samples", description="Answers per prompt and model; at most as many as rows", ge=1)
     temperature: float = Field(1.0, title="Temperature", description="0 is greedy", ge=0, le=10)
     max_new_tokens: int = Field(128, title="New tokens", description="At most, per answer", ge=1)
     seed: int = Field(1, title="Seed", description="Of the sampling noise", ge=0, lt=2**31)
     truth: str = Field(
         "starter", title="Truth rule", description="starter, none, or package.module:name of (prompt, response) -> 0..1"
     )
-    max_rows: int = Field(128, title="Rows", description="Answers decoded together", ge=1)
+    max_rows: int = Field(128, title="Rows", description="Answers decoded together; at least those of one prompt", ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -276,6 +289,18 @@ class ChainConfig(BaseModel):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), title="Evaluate", description="Before and after")
     export: ExportConfig = Field(ExportConfig(), title="Export", description="What leaves the lake")
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The form of a pipeline leaves out what it sets itself."""
+        shown = handler(core_schema)
+        for stage, described in handler.resolve_ref_schema(shown)["properties"].items():
+            if "$ref" in described and stage != "execution":
+                fields = handler.resolve_ref_schema({"$ref": described["$ref"]})["properties"]
+                for field in ("name", *CONNECTED.get(stage, ())):
+                    fields.pop(field, None)
+                    described["default"].pop(field, None)
+        return shown
+
     def stage(self, stage: Stage, **inputs: str) -> Stage:
         """A stage's configuration under the pipeline's name and with its inputs set."""
         return type(stage).model_validate(stage.model_dump() | {"name": self.name} | inputs)
@@ -302,8 +327,8 @@ class PipelineConfig(ChainConfig):
         title="Compare",
         description="Run by `winnow compare` only; finetune and evaluate are taken from above",
     )
-    execution: ExecutionConfig = Field(
-        HERE, title="Execution", description="How a run is spread out; changes no result"
+    execution: PipelineExecutionConfig = Field(
+        PIPELINE_HERE, title="Execution", description="How a run is spread out; changes no result"
     )
 
     def chain(self) -> ChainConfig:

@@ -28,11 +28,6 @@ class ExecutionConfig(BaseModel):
         description="Of each machine, such as 0 and 1. Every worker process gets one for itself "
         "(CUDA_VISIBLE_DEVICES); empty: all workers see all",
     )
-    approve_training: bool = Field(
-        False,
-        title="Ask before training",
-        description="Suspend the pipeline before it fine-tunes, until someone resumes it in the UI",
-    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -49,4 +44,15 @@ class ExecutionConfig(BaseModel):
         return self
 
 
+class PipelineExecutionConfig(ExecutionConfig):
+    """How a pipeline is run."""
+
+    approve_training: bool = Field(
+        False,
+        title="Ask before training",
+        description="Suspend the pipeline before it fine-tunes, until someone resumes it in the UI",
+    )
+
+
 HERE = ExecutionConfig()  # one shard after the other, in this process
+PIPELINE_HERE = PipelineExecutionConfig()

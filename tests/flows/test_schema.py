@@ -9,6 +9,7 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 
 from tasks.plan import STAGES
+from tasks.settings import CONNECTED, ChainConfig
 
 FLOWS = (*STAGES, "calibrate", "compare", "import_preferences", "adapt", "align", "iterate", "pipeline", "watch")
 GOLDEN = Path(__file__).parent / "parameter_schemas.json"
@@ -71,6 +72,24 @@ def _is_control(node: dict[str, object]) -> bool:
         or "const" in node
         or node.get("type") in ("string", "integer", "number", "boolean", "null")
     )
+
+
+def test_the_form_of_a_pipeline_leaves_out_what_it_sets_itself() -> None:
+    definitions = _schema("pipeline")["definitions"]
+    assert isinstance(definitions, dict)
+    stages = definitions["ChainConfig"]["properties"]
+    assert set(stages) == {"name", *STAGES}
+    for stage in STAGES:
+        shown = definitions[stages[stage]["$ref"].rpartition("/")[2]]["properties"]
+        hidden = {"name", *CONNECTED.get(stage, ())}
+        # The server refuses a default that its own schema does not know.
+        assert set(stages[stage]["default"]) == set(shown) and not hidden & set(shown)
+        ChainConfig.model_validate({stage: stages[stage]["default"]})
+    assert "approve_training" in definitions["PipelineExecutionConfig"]["properties"]
+    for name in ("generate", "score"):
+        definitions = _schema(name)["definitions"]
+        assert isinstance(definitions, dict)
+        assert "approve_training" not in definitions["ExecutionConfig"]["properties"]
 
 
 def test_the_forms_are_the_golden_ones() -> None:

@@ -17,7 +17,7 @@ from tests.tasks.gate import GATE, N_BEFORE, SHARD_PROMPTS
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 N_SHARDS = 8
 GENERATE = {"n": 8, "shard_prompts": SHARD_PROMPTS, "threads": 1, "max_new_tokens": 96, "max_rows": 16}
-GATED = GENERATE | {"name": "fault", "reward": "function", "reward_function": "tests.tasks.gate:n_letters"}
+GATED = GENERATE | {"reward": "function", "reward_function": "tests.tasks.gate:n_letters"}
 PIPELINE = {
     "name": "twice",
     "ingest": {"max_prompts": 4, "max_heldout": 2},
@@ -46,7 +46,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from tasks.settings import GenerateConfig
 
     lake = _with_prompts(tmp_path_factory.mktemp("undisturbed") / "lake")
-    step = generate.prepare(GenerateConfig.model_validate(GATED), Lake.open(str(lake)))
+    step = generate.prepare(GenerateConfig.model_validate(GATED | {"name": "fault"}), Lake.open(str(lake)))
     for index in range(generate.count_shards(step, str(lake))):
         generate.generate_shard.fn(step, str(lake), index, N_SHARDS)
     generate.publish.fn(step, str(lake), N_SHARDS)
@@ -75,7 +75,7 @@ def gate(tmp_path: Path) -> Path:
 
 
 def _start(server: Server, lake: Path) -> str:
-    return server.run("generate/default", config=GATED, lake=str(lake))
+    return server.run("generate/default", config=GATED | {"name": "fault"}, lake=str(lake))
 
 
 def _wait_for_half(lake: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 from prefect.states import Failed
 
 from storage.errors import DiskFullError, LakeUnreachableError
-from tasks.artifacts import MOST_BYTES, _bounded, progress, subscribe
+from storage.lake import DatasetRef
+from tasks import artifacts
+from tasks.artifacts import MOST_BYTES, MOST_ROWS, _bounded, progress, subscribe
 from tasks.errors import ConfigError, UnreachableError
 from tasks.logs import log_event
 from tasks.retries import RETRIES, is_worth_retrying
@@ -40,6 +42,39 @@ def test_a_summary_above_what_the_page_takes_is_cut_and_says_so() -> None:
     text = _bounded("x" * (MOST_BYTES + 1))
     assert len(text) < MOST_BYTES + 200 and "1,000,001 characters" in text
     assert _bounded("short") == "short"
+
+
+def test_a_long_table_is_its_first_rows_and_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, tuple[int, str]] = {}
+
+    def create(table: list[object], key: str, description: str) -> None:
+        made[key] = (len(table), description)
+
+    monkeypatch.setattr(artifacts, "in_run", lambda: True)
+    monkeypatch.setattr(artifacts, "create_table_artifact", create)
+    ref = DatasetRef("bundles", "long", "0123456789ab", "/lake")
+    artifacts.show_table(ref, "layers", [{"layer": i} for i in range(MOST_ROWS + 234)])
+    artifacts.show_table(ref, "plans", [{"plan": 1}])
+    artifacts.show_table(ref, "nothing", [])
+    assert made == {
+        "bundles-long-layers": (MOST_ROWS, f"layers, first 1,000 of 1,234 rows: {ref}"),
+        "bundles-long-plans": (1, f"plans: {ref}"),
+    }
+
+
+def test_a_picture_that_the_page_would_choke_on_is_named_in_the_log_instead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(artifacts, "in_run", lambda: True)
+    monkeypatch.setattr(artifacts, "create_image_artifact", lambda url, key, description: made.append(key))
+    ref = DatasetRef("models", "seen", "0123456789ab", "/lake")
+    with caplog.at_level(logging.INFO):
+        artifacts.show_image(ref, "x" * (MOST_BYTES + 1), "Loss", "loss")
+        artifacts.show_image(ref, "x" * MOST_BYTES, "Truth", "truth")
+    assert made == ["models-seen-truth"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"picture-left-out ref={ref} picture=loss bytes={MOST_BYTES + 1} most={MOST_BYTES}"
 
 
 def test_an_event_is_text_and_fields(caplog: pytest.LogCaptureFixture) -> None:
