@@ -26,13 +26,18 @@ class ExecutionConfig(BaseModel):
         [],
         title="GPUs",
         description="Of each machine, such as 0 and 1. Every worker process gets one for itself "
-        "(CUDA_VISIBLE_DEVICES); empty: all workers see all",
+        "(CUDA_VISIBLE_DEVICES); empty: all workers see all. On a Ray cluster each shard gets one of Ray's choice",
     )
     approve_training: bool = Field(
         False,
         title="Ask before training",
         description="Suspend the pipeline before it fine-tunes, until someone resumes it in the UI",
     )
+
+    @property
+    def leased_gpus(self) -> list[str]:
+        """The GPUs of which a worker process takes one; none where Ray hands them out itself."""
+        return [] if self.task_runner == "ray" and self.address else self.gpus
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
