@@ -118,9 +118,24 @@ def _dask(execution: ExecutionConfig) -> TaskRunner[Any]:
     except ImportError as error:
         raise ConfigError("task_runner = dask needs the extra dask: pip install 'winnow[dask]'") from error
     if execution.address:
+        if execution.gpus:
+            _check_gpu_workers(execution.address)
         return cast(TaskRunner[Any], DaskTaskRunner(address=execution.address))
     here = {"n_workers": execution.workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return cast(TaskRunner[Any], DaskTaskRunner(cluster_kwargs=here))
+
+
+def _check_gpu_workers(address: str) -> None:
+    """ConfigError when no worker of the cluster counts a GPU: the shards would wait for one for ever."""
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if workers and not any(worker["resources"].get("GPU") for worker in workers):
+        raise ConfigError(
+            f'address = "{address}": none of its {len(workers)} workers has a GPU; start one for each GPU with '
+            f"dask worker {address} --nthreads 1 --resources GPU=1, or leave gpus empty"
+        )
 
 
 def _ray(execution: ExecutionConfig) -> TaskRunner[Any]:
