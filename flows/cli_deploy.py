@@ -52,16 +52,21 @@ def serve(
     file: FileOption = Path("prefect.yaml"),
     limit: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
 ) -> None:
-    """Run what the Prefect server asks for, here, without a work pool, until interrupted; schedules pause then."""
+    """Run what the Prefect server asks for, here, without a work pool, until interrupted; schedules pause then.
+
+    The automations are put on the server as by `deploy`.
+    """
     from flows.prefect_settings import need_server
 
     url = need_server()
     from prefect import serve as serve_all
 
-    from flows.deployments import Place, served
+    from flows.deployments import Place, put_automations, served
 
     if limit > 1:
         messages().print(f"{limit} runs at once share this machine's memory and GPUs")
-    deployments = served(Place(file, str(Path.cwd()), Lake.open(lake).root))
+    place = Place(file, str(Path.cwd()), Lake.open(lake).root)
+    deployments = served(place)
+    put_automations(place)
     messages().print(f"serving {len(deployments)} deployments of {url}; stop with Ctrl-C")
     serve_all(*deployments, limit=limit, print_starting_message=False)

@@ -54,7 +54,7 @@ def deploy(place: Place, notify: str | None) -> Deployed:
 
     wanted = read_file(place)
     with get_client(sync_client=True) as client:
-        automations = _read_automations(place.file.absolute().parent / AUTOMATIONS, _block_id(client, notify))
+        automations = _read_automations(place, _block_id(client, notify))
         for pool in sorted({str(one["work_pool"]["name"]) for one in wanted}):
             _make_pool(client, pool)
         _prefect_deploy(place)
@@ -67,6 +67,20 @@ def deploy(place: Place, notify: str | None) -> Deployed:
         for when in one.get("schedules", [])
     ]
     return Deployed(names, schedules, [str(one["name"]) for one in automations])
+
+
+def put_automations(place: Place) -> list[str]:
+    """The automations beside the file, on the server; their names.
+
+    Those for a run whose process is gone are needed wherever runs may be killed, so also where they are served.
+    """
+    from prefect.client.orchestration import get_client
+
+    found = _read_automations(place, None)
+    with get_client(sync_client=True) as client:
+        for automation in found:
+            _put_automation(client, automation)
+    return [str(one["name"]) for one in found]
 
 
 def served(place: Place) -> "list[RunnerDeployment]":
@@ -160,8 +174,9 @@ def _prefect_deploy(place: Place) -> None:
         raise ConfigError(f"prefect deploy failed: {' '.join((done.stderr or done.stdout).split())[-600:]}")
 
 
-def _read_automations(folder: Path, block_id: str | None) -> list[dict[str, Any]]:
-    """All automations of the folder; one that notifies is left out where there is no block to notify through."""
+def _read_automations(place: Place, block_id: str | None) -> list[dict[str, Any]]:
+    """All automations beside the file; one that notifies is left out where there is no block to notify through."""
+    folder = place.file.absolute().parent / AUTOMATIONS
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.yaml"))]
     wanted = [text for text in texts if block_id or NOTIFY_BLOCK not in text]
     return [yaml.safe_load(text.replace(NOTIFY_BLOCK, str(block_id))) for text in wanted]

@@ -27,8 +27,8 @@ def iterate(config: PipelineConfig, lake: str) -> dict[str, DatasetRef]:
         model, found = config.generate.model, {"ingest": prompts}
         for number in range(1, config.iterate.rounds + 1):
             now = round_config(config, number, model)
-            candidates = generate(now.stage(now.generate, prompts=str(prompts)), lake)
-            scored = score(now.stage(now.score, candidates=str(candidates)), lake)
+            candidates = generate(now.stage(now.generate, prompts=str(prompts)), lake, config.execution)
+            scored = score(now.stage(now.score, candidates=str(candidates)), lake, config.execution)
             pairs = assemble(now.stage(now.assemble, candidates=str(scored)), lake)
             trained = finetune(now.stage(now.finetune, preferences=str(pairs)), lake)
             found |= {f"round {number}: pairs": pairs, f"round {number}: model": trained}

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 from storage.lake import Lake
@@ -35,7 +36,19 @@ def main(folder: str) -> None:
         torch.distributed.destroy_process_group()  # whose threads would outlive the interpreter
 
 
+def end_with_parent() -> None:
+    """End when the process that holds the other end of our standard input has; torchrun ends after us."""
+    threading.Thread(target=_end_at_end_of_input, name="end-with-parent", daemon=True).start()
+
+
+def _end_at_end_of_input() -> None:
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    end_with_parent()
     main(sys.argv[1])
     sys.stdout.flush()
     # All is written. Threads of the process group and of the data libraries have aborted an interpreter that ended.

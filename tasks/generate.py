@@ -26,6 +26,7 @@ from tasks.rows import candidate_shards, candidates_table, prompts_of
 from tasks.servers import a_server, open_server
 from tasks.settings import GenerateConfig
 from tasks.settings_execution import HERE, ExecutionConfig
+from tasks.stops import stop_if_told
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int, execution
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
         return cast(int, writer.files[shard.path].rows)
-    use_gpu(execution.gpus)
+    use_gpu(execution.leased_gpus)
     use_threads(config.threads)
     start = index * config.shard_prompts
     prompts = prompts_of(_prompts(step, lake).slice(start, config.shard_prompts))
@@ -107,6 +108,7 @@ def drawn(
     """All candidates of some prompts, their tokens counted on the way."""
     answers = []
     for candidates in engine.generate(prompts, shown):
+        stop_if_told()
         shown.count(sum(candidate.n_tokens for candidate in candidates))
         answers.append(candidates)
     shown.show()

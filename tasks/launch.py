@@ -1,12 +1,9 @@
 """Fine-tuning in several processes of this machine: started with torchrun, watched, and ended with us."""
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 ORDER, REPORT, MISTAKE, LOG = "launch.json", "report.json", "mistake.txt", "launch.log"
 PROGRESS = "winnow-progress "
-_PR_SET_PDEATHSIG = 1
 
 
 def train_together(step: Step, lake_root: str, work: Path, on_progress: "Progress") -> "TrainingReport":
@@ -86,8 +82,9 @@ def _run(work: Path, processes: int, on_progress: "Progress", is_cpu: bool) -> i
     if is_cpu:
         variables["GLOO_SOCKET_IFNAME"] = "lo"
     with (work / LOG).open("w") as log:
+        # Nothing is written to it: its end tells the processes that this one is gone (tasks/finetune_process.py).
         process = subprocess.Popen(
-            command, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, preexec_fn=_end_with_parent()
+            command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         )
         with process:
             try:
@@ -106,12 +103,6 @@ def _relay(process: "subprocess.Popen[str]", on_progress: "Progress", log: TextI
             on_progress(int(done), int(total))
         else:
             log.write(line)
-
-
-def _end_with_parent() -> Callable[[], object]:
-    """Before exec: torchrun, and with it its processes, gets SIGTERM when we are killed. Linux only."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) if prctl else None
 
 
 def _last_lines(log: Path) -> str:

@@ -26,6 +26,8 @@ def check_rounds(config: PipelineConfig) -> None:
             f'generate.cut_policy = "{config.generate.cut_policy}": rounds have names of their own; '
             "set generate.calibration"
         )
+    if config.execution.approve_training:
+        raise ConfigError("execution.approve_training = true: rounds train without asking; set false, or run a pipeline")
 
 
 def round_config(config: PipelineConfig, number: int, model: str) -> PipelineConfig:

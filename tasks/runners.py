@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,9 +13,10 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from storage.lake import Lake
 from storage.writer import Shard
-from tasks.artifacts import ShownProgress, progress
+from tasks.artifacts import progress
 from tasks.errors import ConfigError
 from tasks.settings_execution import HERE, ExecutionConfig
+from tasks.stops import end_with_parent, started
 from tasks.versions import Step
 
 if TYPE_CHECKING:
@@ -26,17 +27,21 @@ AHEAD = 3
 
 
 def run_shards(task: "ShardTask", step: Step, lake_root: str, count: int, execution: ExecutionConfig = HERE) -> None:
-    """Run the task for every shard of `candidates` that the lake does not have; one task run each."""
+    """Run the task for every shard of `candidates` that the lake does not have; one task run each.
+
+    Progress is of those: how long the others took is not known here.
+    """
     todo = missing_shards(step, lake_root, count)
     shown = progress(f"{step.name} shards of {step.stage}", "shards")
     if execution.task_runner == "thread" and execution.workers == 1:
         for number, index in enumerate(todo, start=1):
             task(step, lake_root, index, count, execution)
-            shown(count - len(todo) + number, count)
+            shown(number, len(todo))
         return
     calls = ({"step": step, "lake_root": lake_root, "index": i, "count": count, "execution": execution} for i in todo)
-    with open_runner(execution) as runner:
-        submit_all(runner, task, calls, AHEAD * execution.workers, partial(_show, shown, count - len(todo), count))
+    runner = open_runner(execution)
+    with started(runner), gpus_asked_for(execution):
+        submit_all(runner, task, calls, AHEAD * execution.workers, lambda n: shown(n, len(todo)))
 
 
 def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
@@ -77,8 +82,25 @@ def submit_all(
         wait_for_one()
 
 
-def _show(shown: ShownProgress, before: int, count: int, n_done: int) -> None:
-    shown(before + n_done, count)
+@contextmanager
+def gpus_asked_for(execution: ExecutionConfig) -> Iterator[None]:
+    """Around submissions: a cluster that was there before has each shard wait for a GPU, not a process for each shard.
+
+    Machines of a cluster have more places for processes than GPUs, and those that get none would keep their shards.
+    Ray counts GPUs itself and says which one it gives; Dask counts what its workers are started with.
+    """
+    if execution.task_runner == "ray" and execution.address and execution.gpus:
+        from prefect_ray.context import remote_options
+
+        with remote_options(num_gpus=1):
+            yield
+    elif execution.task_runner == "dask" and execution.address and execution.gpus:
+        import dask
+
+        with dask.annotate(resources={"GPU": 1}):
+            yield
+    else:
+        yield
 
 
 def open_runner(execution: ExecutionConfig) -> TaskRunner[Any]:
@@ -86,7 +108,7 @@ def open_runner(execution: ExecutionConfig) -> TaskRunner[Any]:
     if execution.task_runner == "thread":
         return ThreadPoolTaskRunner(max_workers=execution.workers)
     if execution.task_runner == "process":
-        return ProcessPoolTaskRunner(max_workers=execution.workers)
+        return ProcessPoolTaskRunner(max_workers=execution.workers, initializer=end_with_parent)
     return _dask(execution) if execution.task_runner == "dask" else _ray(execution)
 
 
@@ -96,9 +118,24 @@ def _dask(execution: ExecutionConfig) -> TaskRunner[Any]:
     except ImportError as error:
         raise ConfigError("task_runner = dask needs the extra dask: pip install 'winnow[dask]'") from error
     if execution.address:
+        if execution.gpus:
+            _check_gpu_workers(execution.address)
         return cast(TaskRunner[Any], DaskTaskRunner(address=execution.address))
     here = {"n_workers": execution.workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
     return cast(TaskRunner[Any], DaskTaskRunner(cluster_kwargs=here))
+
+
+def _check_gpu_workers(address: str) -> None:
+    """ConfigError when no worker of the cluster counts a GPU: the shards would wait for one for ever."""
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if workers and not any(worker["resources"].get("GPU") for worker in workers):
+        raise ConfigError(
+            f'address = "{address}": none of its {len(workers)} workers has a GPU; start one for each GPU with '
+            f"dask worker {address} --nthreads 1 --resources GPU=1, or leave gpus empty"
+        )
 
 
 def _ray(execution: ExecutionConfig) -> TaskRunner[Any]:

@@ -47,7 +47,7 @@ def score_shard(step: Step, lake_root: str, index: int, count: int, execution: E
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
         return cast(int, writer.files[shard.path].rows)
-    use_gpu(execution.gpus)
+    use_gpu(execution.leased_gpus)
     use_threads(config.threads)
     source = lake.resolve(step.inputs["candidates"])
     candidates = lake.read_shard(source, "candidates", index)

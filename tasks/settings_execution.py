@@ -26,8 +26,13 @@ class ExecutionConfig(BaseModel):
         [],
         title="GPUs",
         description="Of each machine, such as 0 and 1. Every worker process gets one for itself "
-        "(CUDA_VISIBLE_DEVICES); empty: all workers see all",
+        "(CUDA_VISIBLE_DEVICES); empty: all workers see all. On a Ray cluster each shard gets one of Ray's choice",
     )
+
+    @property
+    def leased_gpus(self) -> list[str]:
+        """The GPUs of which a worker process takes one; none where Ray hands them out itself."""
+        return [] if self.task_runner == "ray" and self.address else self.gpus
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

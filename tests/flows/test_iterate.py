@@ -1,5 +1,6 @@
 """Rounds of the chain, and on-policy training, as flows under Prefect."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,23 @@ def test_every_round_starts_from_the_last_ones_model_and_a_second_run_is_all_cac
     assert (compared.config["before"], compared.config["after"]) == (config.generate.model, second.label)
     assert iterate(rounds, root) == found
     assert {manifest.label for manifest in lake.manifests()} == set(made)
+
+
+def test_rounds_are_spread_out_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import iterate as rounds
+
+    given: dict[str, list[object]] = {}
+
+    def stage(name: str) -> Callable[..., str]:
+        return lambda config, lake, *execution: given.setdefault(name, []).extend(execution) or f"x/{name}"
+
+    for name in ("ingest", "generate", "score", "assemble", "finetune", "evaluate"):
+        monkeypatch.setattr(rounds, name, stage(name))
+    config = PipelineConfig.model_validate({"name": "x", "execution": {"workers": 2}, "iterate": {"rounds": 2}})
+    rounds.iterate.fn(config, "lake")
+    assert {name: values for name, values in given.items() if values} == {
+        name: [config.execution] * 2 for name in ("generate", "score")
+    }
 
 
 @pytest.mark.timeout(300)

@@ -2,8 +2,12 @@
 
 import hashlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ from storage.lake import Lake
 from tasks import generate, ingest
 from tasks.errors import ConfigError
 from tasks.settings import GenerateConfig, IngestConfig, ScoreConfig
+from tasks.runners import open_runner
 from tasks.settings_execution import ExecutionConfig
+from tasks.stops import started
 
 ROOT = Path(__file__).parents[2]
 RUNNERS = [
@@ -90,10 +96,64 @@ def test_only_shards_that_are_missing_are_run(tiny_policy_dir: Path, tiny_reward
     assert missing_shards(step, root, 4) == [0, 1, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_worker_processes_have_two_gpus(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.flows.shards import place_of_shard
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    execution = ExecutionConfig(task_runner="process", workers=2, gpus=["0", "1"])
+    runner = open_runner(execution)
+    with started(runner):
+        calls = [{"execution": execution, "seconds": 0.5} for _ in range(6)]
+        places = [future.result() for future in [runner.submit(place_of_shard, call) for call in calls]]
+    processes = {(pid, gpu) for pid, gpu, *_ in places}
+    assert sorted(gpu for _, gpu in processes) == ["0", "1"]
+    assert len({pid for pid, _ in processes} - {os.getpid()}) == 2
+
+
+def _holders(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[0]) for path in folder.iterdir())
+
+
+def _wait(is_so: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 200
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return is_so()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_worker_processes_end_with_their_run_and_give_their_gpus_back(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    held = tmp_path / "held"
+    held.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    variables = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value() or "", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, "-m", "tests.flows.shards", str(held)], cwd=ROOT, env=variables)
+    assert _wait(lambda: len(_holders(held)) == 2)
+    run.send_signal(how)
+    assert run.wait(timeout=60) != 0
+    assert _wait(lambda: not any(Path("/proc", str(pid)).exists() for pid in _holders(held)))
+    heirs = [_holder(), _holder()]
+    given = {heir.stdout.readline().strip() for heir in heirs if heir.stdout is not None}
+    for heir in heirs:
+        heir.kill()
+        heir.communicate()
+    assert given == {"0", "1"}
+
+
 HOLD_GPU = """
 import os, sys
 from tasks.leases import use_gpu
-use_gpu(["3", "5"])
+use_gpu(["0", "1"])
 print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
 sys.stdin.read()
 """
@@ -111,7 +171,7 @@ def test_every_worker_process_gets_a_gpu_of_its_own_and_a_dead_one_gives_it_back
     first, second = _holder(), _holder()
     assert first.stdout is not None and second.stdout is not None
     given = {first.stdout.readline().strip(), second.stdout.readline().strip()}
-    assert given == {"3", "5"}
+    assert given == {"0", "1"}
     waiting = _holder()
     assert waiting.stdout is not None
     first.kill()

@@ -45,8 +45,34 @@ def test_every_password_of_the_compose_file_must_be_set_and_is_in_the_example() 
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports and all(port.startswith("127.0.0.1:") for port in ports)
     assert "minio" not in text  # which is no longer maintained
-    ignored = subprocess.run(["git", "check-ignore", "-q", "infra/.env"], cwd=ROOT, timeout=30)
+
+
+@pytest.mark.parametrize("name", ["infra/.env", "infra/kubernetes.env"])
+def test_files_with_passwords_have_an_example_and_are_in_no_commit_and_no_image(name: str) -> None:
+    example = ROOT / (f"{name}.example")
+    assert example.is_file() and name in example.read_text()
+    ignored = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, timeout=30)
     assert ignored.returncode == 0
+    assert name in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_the_kubernetes_example_sets_no_secret() -> None:
+    lines = (INFRA / "kubernetes.env.example").read_text().splitlines()
+    values = dict(line.removeprefix("#").split("=", 1) for line in lines if re.match(r"#?[A-Z_0-9]+=", line))
+    assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "PREFECT_API_AUTH_STRING"} <= set(values)
+    assert not any(value for name, value in values.items() if re.search("SECRET|ACCESS_KEY|API_KEY|AUTH", name))
+    commands = (INFRA / "kubernetes" / "worker-values.yaml").read_text()
+    assert "--from-env-file=infra/kubernetes.env" in commands
+
+
+def test_the_worker_may_write_where_its_volumes_are_mounted() -> None:
+    """A new volume gets the owner of the image's folder; where there is none, root's."""
+    text = (INFRA / "Dockerfile").read_text()
+    (made,) = re.findall(r"&& mkdir (.*?) && chown winnow:winnow (.*)$", text, re.M)
+    worker = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]["worker"]
+    mounted = {volume.partition(":")[2] for volume in worker["volumes"]}
+    assert mounted == {"/work", "/home/winnow/.cache"} == set(made[0].split()) == set(made[1].split())
+    assert text.index("mkdir /work") < text.index("\nUSER 1000")
 
 
 def test_the_image_holds_what_its_commands_need() -> None:
@@ -108,6 +134,18 @@ def test_worker_and_pool_agree_on_their_names() -> None:
     values = yaml.safe_load((INFRA / "kubernetes" / "worker-values.yaml").read_text())
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     assert {one["work_pool"]["name"] for one in deployments} == {values["worker"]["config"]["workPool"]}
+
+
+def test_the_values_of_the_worker_are_what_its_chart_takes() -> None:
+    """The schema is that of the chart prefect-worker (PrefectHQ/prefect-helm at 75b0c27, Apache-2.0), unchanged."""
+    jsonschema = pytest.importorskip("jsonschema", reason="needs check-jsonschema: pip install 'winnow[dev]'")
+    schema = json.loads((Path(__file__).parent / "prefect-worker.values.schema.json").read_text())
+    values = yaml.safe_load((INFRA / "kubernetes" / "worker-values.yaml").read_text())
+    check = jsonschema.Draft7Validator(schema)  # its $schema names no draft
+    check.validate(values)
+    values["worker"]["config"]["workpool"] = values["worker"]["config"].pop("workPool")
+    with pytest.raises(jsonschema.ValidationError, match="workpool"):
+        check.validate(values)
 
 
 def test_logs_in_json_have_the_fields_of_an_event() -> None:

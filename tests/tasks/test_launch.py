@@ -84,7 +84,8 @@ def _alive(marker: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])  # killed, and told to end
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: signal.Signals) -> None:
     work = tmp_path / "work-of-a-killed-one"
     os.mkfifo(tmp_path / "fifo")
     work.mkdir()
@@ -97,8 +98,8 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
             time.sleep(0.2)
         assert len(_alive(str(work))) >= 4
     finally:
-        os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
+        os.kill(parent.pid, how)
+        parent.wait(timeout=60)
     deadline = time.monotonic() + 60
     while _alive(str(work)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -34,6 +34,7 @@ def test_best_of_n_imitates_and_online_preferences_compare() -> None:
         ({"generate": {"server": "http://127.0.0.1:1/v1", "server_model": "m"}}, "serves one policy"),
         ({"generate": {"cut_policy": "calibrated"}}, "set generate.calibration"),
         ({"generate": {"prompts": "prompts/y"}}, "connects its stages itself"),
+        ({"execution": {"approve_training": True}}, "rounds train without asking"),
     ],
 )
 def test_what_would_hold_in_the_first_round_only_is_refused(changes: dict[str, object], message: str) -> None:
