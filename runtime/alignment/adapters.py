@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from runtime.alignment.config import LoraSettings
 from runtime.errors import ModelError
-from runtime.models import load_policy
+from runtime.models import ADAPTER_FILE, load_policy
 
-ADAPTER_FILE = "adapter_config.json"
 REFERENCE = "reference"  # name of the frozen copy of an adapter that is trained on
 Prints = Mapping[str, tuple[float, float]]
 

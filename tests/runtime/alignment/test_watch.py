@@ -10,7 +10,6 @@ import torch
 
 from runtime.alignment.checkpoints import last_checkpoint
 from runtime.alignment.config import OfflineConfig, Places, Watch
-from runtime.alignment.groups import GroupSettings
 from runtime.alignment.losses import LossSettings
 from runtime.alignment.offline import PairRows, train_offline
 from runtime.alignment.trainer import DivergedError, OfflineTrainer
@@ -140,7 +139,7 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = replace(DPO, watch=Watch(report_to="tensorboard", eval_steps=6), groups=GroupSettings("importance"))
+    config = replace(ROBUST, watch=Watch(report_to="tensorboard", eval_steps=6))
     places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
     report = train_offline(load_policy(str(tiny_policy_dir)), DATA, config, places)
     (file,) = (tmp_path / "logs").iterdir()
@@ -150,4 +149,12 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     events.Reload()
     found = [event.value for event in events.Scalars("train/loss")]
     assert found == pytest.approx(report.curve("loss"))
-    assert {"train/groups/child/loss", "eval/worst_loss", "eval/clerk/loss"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    for point in report.points:  # what the lake's table has, under the same names
+        place = f"groups/{point.group}/" if point.group else ""
+        assert f"{'train' if point.split == 'train' else 'eval'}/{place}{point.metric}" in tags
+    assert {f"train/groups/child/{metric}" for metric in ("weight", "rewards/accuracies", "rewards/margins")} <= tags
+    assert {f"eval/groups/clerk/{metric}" for metric in ("logps/chosen", "kl_per_token", "rewards/margins")} <= tags
+    assert {"eval/worst/loss", "eval/gap/rewards/accuracies", "train/worst/rewards/margins"} <= tags
+    found = [event.value for event in events.Scalars("train/groups/child/weight")]
+    assert found == pytest.approx(report.curve("weight", group="child"))
