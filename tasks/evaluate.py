@@ -106,8 +106,8 @@ def measure(which: Which, answers: pa.Table) -> list[dict[str, object]]:
     """Rows of the metrics table for one model: means over answers, for all and for every group."""
     rows = rows_of(answers)
     found = []
-    shown: dict[str | None, str] = {None: ALL, **shown_groups(str(row["group"]) for row in rows)}
-    for group, name in shown.items():
+    shown = shown_groups(str(row["group"]) for row in rows)
+    for group, name in [(None, ALL), *shown.items()]:
         chosen = [row for row in rows if group in (None, row["group"])]
         values: dict[str, list[float]] = {
             "n_tokens": [float(cast(int, row["n_tokens"])) for row in chosen],

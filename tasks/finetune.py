@@ -156,8 +156,9 @@ def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonVa
         stats["held_out_pairs"] = report.n_held_out
         stats["held_out_dropped"] = dict(report.held_out_dropped)
         groups = shown_groups(filter(None, report.held_out))
-        stats["held_out"] = {ALL: _shown(report.held_out[""])} if report.held_out else {}
-        stats["held_out"] |= {shown: _shown(report.held_out[group]) for group, shown in groups.items()}
+        total = {ALL: _shown(report.held_out[""])} if report.held_out else {}
+        of_groups = {shown: _shown(report.held_out[group]) for group, shown in groups.items()}
+        stats["held_out"] = {**total, **of_groups}
     if report.reference_seconds:
         stats["reference_seconds"] = round(report.reference_seconds, 1)
     if report.best_step is not None:

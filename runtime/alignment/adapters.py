@@ -49,7 +49,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
-    """The model in `source` with a saved adapter's weights added: for one that was trained in 4 bit."""
+    """The model in `source` with a saved adapter's weights added: for one that was trained in 4 bit or in shards."""
     from peft import PeftModel
 
     return merged(cast(PreTrainedModel, PeftModel.from_pretrained(load_policy(source, dtype).model, str(adapter))))
@@ -57,8 +57,15 @@ def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
 
 def prints(model: nn.Module) -> Prints:
     """Two sums of each trained weight, by which it is seen whether it moved."""
-    trained = ((name, parameter.detach()) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    trained = (
+        (name, whole(parameter.detach())) for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
     return {name: (float(values.double().sum()), float(values.double().square().sum())) for name, values in trained}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded; then every process must ask."""
+    return cast(torch.Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def check_moved(before: Prints, after: Prints) -> None:

@@ -29,9 +29,16 @@ class EventFiles(TrainerCallback):
     """Figures as TensorBoard's event files, and nothing else: they are published, so no paths and no host names."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """What a killed training wrote behind its last checkpoint is written again, and holds no more."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.writer = folder, SummaryWriter(str(folder))
+        purged_from = state.global_step + 1 if state.global_step else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purged_from)
 
     def on_log(
         self,

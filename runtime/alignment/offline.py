@@ -88,8 +88,10 @@ def train_offline(
     report = TrainingReport(trainer.state.global_step, len(pairs), dropped, len(held_out), held_out_dropped)
     report.cut = cut_counts([*pairs, *held_out])
     _fill(report, trainer)
+    # All processes take part in putting a sharded model together.
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.accelerator.is_main_process:
-        _save(trainer, loaded, config, places.output)
+        _save(trainer, loaded, config, places.output, state)
     trainer.accelerator.wait_for_everyone()  # the files are there for all of them, and nobody leaves early
     return report
 
@@ -216,14 +218,21 @@ def _one_sided(trained: Figures, held_out: Figures) -> list[Warned]:
     return sorted(unseen + unchecked, key=lambda one: one.group)
 
 
-def _save(trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, output: Path) -> None:
+def _save(
+    trainer: OfflineTrainer, loaded: LoadedModel, config: OfflineConfig, output: Path, state: dict[str, Any] | None
+) -> None:
+    """state: of a sharded model, all its weights."""
     model = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model))
     with quiet():
         if config.lora is not None:
-            cast(Any, model).save_pretrained(output / ADAPTER, selected_adapters=["default"])
+            cast(Any, model).save_pretrained(output / ADAPTER, selected_adapters=["default"], state_dict=state)
             is_4bit = getattr(loaded.model, "is_loaded_in_4bit", False)
-            model = merged_anew(loaded.source, output / ADAPTER, "bfloat16") if is_4bit else merged(model)
-        model.save_pretrained(output)
+            if is_4bit or state is not None:
+                model = merged_anew(loaded.source, output / ADAPTER, "bfloat16" if is_4bit else "float32")
+                state = None
+            else:
+                model = merged(model)
+        model.save_pretrained(output, state_dict=state)
         loaded.tokenizer.save_pretrained(output)
 
 

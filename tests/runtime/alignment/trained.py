@@ -76,13 +76,26 @@ def largest_difference(one: Path, other: Path) -> float:
 
 
 def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) -> None:
-    """Train one of CONFIGS; die without a word behind step `killed_at` (0: live)."""
+    """Train one of CONFIGS (`by one`, `by two`: all that are SHARED); die behind step `killed_at` (0: live)."""
     torch.set_num_threads(1)
-    config = replace(CONFIGS[kind], watch=Watch(save_steps=int(save_steps)))
-    folder = Path(output)
+    steps = int(save_steps), int(killed_at)
+    if kind in CONFIGS:
+        _train(kind, model, Path(output), steps)
+    else:
+        for name in SHARED:
+            _train(f"{name} {kind}", model, Path(output, name), steps)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # whose threads would outlive the interpreter
+
+
+def _train(kind: str, model: str, folder: Path, steps: tuple[int, int]) -> None:
+    save_steps, killed_at = steps
+    config = CONFIGS[kind]
+    if not config.watch.save_steps:
+        config = replace(config, watch=Watch(save_steps=save_steps))
 
     def on_progress(done: int, total: int) -> None:
-        if done == int(killed_at):
+        if done == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     places = Places(folder, folder / "work")
@@ -92,8 +105,6 @@ def main(kind: str, model: str, output: str, save_steps: str, killed_at: str) ->
     if os.environ.get("RANK", "0") == "0":
         points = [[p.step, p.split, p.group, p.metric, p.value] for p in report.points]
         (folder / "report.json").write_text(json.dumps({"points": points, "tokens": report.n_tokens}))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # whose threads would outlive the interpreter
 
 
 if __name__ == "__main__":
