@@ -57,10 +57,12 @@ def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
 
 def prints(model: nn.Module) -> Prints:
     """Two sums of each trained weight, by which it is seen whether it moved."""
-    trained = (
-        (name, whole(parameter.detach())) for name, parameter in model.named_parameters() if parameter.requires_grad
-    )
-    return {name: (float(values.double().sum()), float(values.double().square().sum())) for name, values in trained}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = _whole(parameter.detach()).double()
+            found[name] = (float(values.sum()), float(values.square().sum()))
+    return found
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from runtime.alignment.checkpoints import last_checkpoint
+from runtime.alignment.collate import encode_pairs
 from runtime.alignment.config import OfflineConfig, Places, Watch
+from runtime.alignment.figures import Figures
 from runtime.alignment.losses import LossSettings
 from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.reference import reference_logps
 from runtime.alignment.trainer import DivergedError, OfflineTrainer
 from runtime.errors import ConfigError, InputError
-from runtime.models import load_policy
+from runtime.models import LoadedModel, load_policy
 from tests.runtime.alignment.trained import DPO, LORA, ROBUST, largest_difference, rows, train, weights
 
 DATA = PairRows(rows(12), rows(6))
@@ -93,6 +96,49 @@ def test_a_training_that_leaves_the_numbers_keeps_its_last_good_checkpoint(
     assert "\n" not in str(it.value)
     assert all(value.isfinite().all() for value in weights_of_checkpoint(kept, tiny_policy_dir).values())
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("save_steps", [1, 3])
+def test_of_a_diverging_training_the_checkpoint_that_is_kept_is_a_good_one(
+    save_steps: int, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    loss = LossSettings("ipo", length_norm="sum")
+    config = replace(DPO, loss=loss, learning_rate=0.3, epochs=20, watch=Watch(save_steps=save_steps))
+    with pytest.raises(DivergedError, match="the last good checkpoint is kept in") as it:
+        train(load_policy(str(tiny_policy_dir)), tmp_path, config)
+    named = Path(str(it.value).partition("is kept in ")[2].rstrip(")"))
+    found = weights(named)
+    assert all(value.isfinite().all() for value in found.values())
+    begun = load_policy(str(tiny_policy_dir))
+    begun.model.load_state_dict(found)
+    assert _ipo_loss(begun, load_policy(str(tiny_policy_dir))) < 20 * 25  # divergence times the first loss
+    assert len(list((tmp_path / "work").glob("checkpoint-*"))) <= 3
+
+
+def _ipo_loss(policy: LoadedModel, reference: LoadedModel) -> float:
+    """Mean over `rows()`."""
+    pairs, _ = encode_pairs(rows(), policy.tokenizer, "chat", 128)
+    sums = [torch.tensor(reference_logps(one.model, pairs, 0, 4)) for one in (policy, reference)]
+    apart = (sums[0] - sums[1])[:, 0] - (sums[0] - sums[1])[:, 1]
+    return float((apart - 5).square().mean())
+
+
+class _Zero(OfflineTrainer):
+    """Its groups begin with no loss at all."""
+
+    def keep(self, split: str, figures: Figures) -> dict[str, float]:
+        for values in figures.values() if self.state.global_step == 1 else ():
+            values["loss"] = 0.0
+        return super().keep(split, figures)
+
+
+def test_a_first_loss_of_zero_loses_a_suggestion_but_not_the_training(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.alignment.offline.OfflineTrainer", _Zero)
+    report = train(load_policy(str(tiny_policy_dir)), tmp_path, replace(ROBUST, watch=Watch(divergence=0)))
+    assert report.suggested_step_size is None
+    assert (tmp_path / "model.safetensors").is_file()
 
 
 def weights_of_checkpoint(checkpoint: Path, policy: Path) -> dict[str, torch.Tensor]:
