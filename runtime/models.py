@@ -24,6 +24,7 @@ from runtime.records import Message
 PromptFormat = Literal["chat", "text"]
 
 # What loading reads; cards, logs and optimizer states next to a model do not change its identity.
+ADAPTER_FILE = "adapter_config.json"
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _DTYPES = {
     "float32": torch.float32,
@@ -101,8 +102,20 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 def content_hash(source: str) -> str:
     """sha256 hex over the names and bytes of the files that loading reads."""
+    return _hash_of(_resolve(source))
+
+
+def adapter_hash(folder: Path) -> str:
+    """Likewise of an adapter that peft wrote."""
+    for name in (ADAPTER_FILE, "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{str(folder)!r} has no {name}; give the folder of an adapter that peft wrote")
+    return _hash_of(folder)
+
+
+def _hash_of(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in _model_files(_resolve(source)):
+    for path in _model_files(folder):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -8,9 +8,9 @@ import pyarrow as pa
 from pydantic import JsonValue
 
 from tasks.artifacts import Cell
+from tasks.groups import ALL, GAP, WORST, group_shown_as, shown_group
 
 START = "start"  # the model that all methods started from, as a column beside them
-ALL, WORST, GAP = "all", "worst", "gap"
 # Figures of a training as a whole.
 COSTS = ("steps", "tokens", "seconds")
 HELD_OUT = ("loss", "accuracy", "margin", "kl_per_token")
@@ -26,14 +26,14 @@ def training_rows(stats: Mapping[str, JsonValue], known: Mapping[str, object]) -
     rows = [_row(known, None, name, stats[name]) for name in COSTS if name in stats]
     held_out = cast(Mapping[str, Mapping[str, JsonValue]], stats.get("held_out", {}))
     for group, values in held_out.items():
-        rows += [_row(known, _named(group), name, values[name]) for name in HELD_OUT if name in values]
+        rows += [_row(known, group_shown_as(group), name, values[name]) for name in HELD_OUT if name in values]
     return rows
 
 
 def answer_rows(metrics: pa.Table, known: Mapping[str, object], which: str = "after") -> list[Row]:
     """From the metrics of an evaluation, those of one of its models."""
     return [
-        _row(known, _named(row["group"]), row["metric"], row["value"])
+        _row(known, group_shown_as(row["group"]), row["metric"], row["value"])
         for row in metrics.to_pylist()
         if row["model"] == which
     ]
@@ -48,7 +48,7 @@ def summary(rows: Sequence[Mapping[str, object]]) -> list[dict[str, JsonValue]]:
     """Mean and spread over seeds of each method's figures; `worst` and `gap` are taken per seed first."""
     values: dict[tuple[str, str, str], dict[object, float]] = {}
     for row in rows:
-        key = (str(row["method"]), str(row["metric"]), str(row["group"] or ALL))
+        key = (str(row["method"]), str(row["metric"]), shown_group(cast(str | None, row["group"])))
         values.setdefault(key, {})[row["seed"]] = cast(float, row["value"])
     for (method, metric, group), by_seed in _extremes(rows).items():
         values[method, metric, group] = by_seed
@@ -73,10 +73,6 @@ def overview(figures: Iterable[Mapping[str, JsonValue]]) -> list[dict[str, Cell]
 
 def _row(known: Mapping[str, object], group: str | None, metric: str, value: object) -> Row:
     return {**known, "group": group, "metric": metric, "value": float(cast(float, value))}
-
-
-def _named(group: str) -> str | None:
-    return None if group == ALL else group
 
 
 def _extremes(rows: Sequence[Mapping[str, object]]) -> dict[tuple[str, str, str], dict[object, float]]:

@@ -15,6 +15,7 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.generate import drawn
+from tasks.groups import ALL, shown_groups
 from tasks.models import (
     load_function,
     load_policy_model,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 Which = Literal["before", "after"]
 MODELS: tuple[Which, Which] = ("before", "after")
-ALL = "all"
 
 
 def prepare(config: EvaluateConfig, lake: Lake) -> Step:
@@ -107,8 +107,9 @@ def measure(which: Which, answers: pa.Table) -> list[dict[str, object]]:
     """Rows of the metrics table for one model: means over answers, for all and for every group."""
     rows = rows_of(answers)
     found = []
-    for group in [ALL, *sorted({str(row["group"]) for row in rows})]:
-        chosen = [row for row in rows if group in (ALL, row["group"])]
+    shown = shown_groups(str(row["group"]) for row in rows)
+    for group, name in [(None, ALL), *shown.items()]:
+        chosen = [row for row in rows if group in (None, row["group"])]
         values: dict[str, list[float]] = {
             "n_tokens": [float(cast(int, row["n_tokens"])) for row in chosen],
             "unfinished": [float(row["finish_reason"] == "length") for row in chosen],
@@ -118,8 +119,8 @@ def measure(which: Which, answers: pa.Table) -> list[dict[str, object]]:
             for entry in scores_of(row):
                 values.setdefault(str(entry["scorer"]), []).append(cast(float, entry["value"]))
         found += [
-            {"model": which, "group": group, "metric": name, "value": sum(each) / len(each), "n": len(each)}
-            for name, each in values.items()
+            {"model": which, "group": name, "metric": metric, "value": sum(each) / len(each), "n": len(each)}
+            for metric, each in values.items()
         ]
     return found
 

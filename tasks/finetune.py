@@ -1,7 +1,8 @@
 """Training on preference pairs; the result is a plain Hugging Face folder in the lake."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,8 +15,10 @@ from storage.scratch import scratch
 from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
+from tasks.groups import ALL, shown_group, shown_groups
 from tasks.launch import train_together
-from tasks.models import model_identity, use_threads
+from tasks.logs import log_event
+from tasks.models import adapter_identity, model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of, training_table
 from tasks.settings import FinetuneConfig
@@ -23,8 +26,9 @@ from tasks.training import load_trained, model_role, offline_config, stored_refe
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
-    from runtime.alignment.collate import PreferenceRow
+    from runtime.alignment.collate import EncodedPair, PreferenceRow
     from runtime.alignment.offline import PairRows
+    from runtime.alignment.reference import Compute, Logps, References
     from runtime.alignment.report import TrainingReport
     from runtime.records import Progress
 
@@ -36,10 +40,8 @@ def prepare(config: FinetuneConfig, lake: Lake) -> Step:
     """The step, with its pairs and models pinned."""
     inputs = {"preferences": pin(lake, config.preferences, f"preferences/{config.name}")}
     models = {"model": model_identity(config.model, model_role(config), lake)}
-    if config.lora_adapter.startswith("models/"):
-        models["adapter"] = pin(lake, config.lora_adapter, "models/x")
-    elif config.lora_adapter:
-        models["adapter"] = model_identity(config.lora_adapter, "policy", lake)
+    if config.lora_adapter:
+        models["adapter"] = adapter_identity(config.lora_adapter, lake)
     offline_config(config.model_copy(update={"lora_adapter": ""}), lake)  # what cannot work is said now
     return Step("finetune", "models", config.name, config.model_copy(update=inputs), inputs, models)
 
@@ -65,8 +67,11 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
         if (work / "logs").is_dir():
             writer.add_tree(work / "logs", "tensorboard")
         writer.write(Shard("training", "train", 0, 1), training_table(report.points))
-        stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
+        seconds = time.monotonic() - started - report.reference_seconds
+        stats = _stats(config, report) | {"seconds": round(seconds, 1)}
         ref = writer.commit(step.provenance(stats))
+    if config.report_to == "auto" and not find_spec("tensorboard"):
+        log_event("no-event-files", why="tensorboard is not installed", fix="pip install winnow[tensorboard]")
     show_stage(ref, stats, _group_rows(report))
     show_pictures(lake, ref)
     return ref
@@ -117,10 +122,26 @@ def train(step: Step, rows: "PairRows", lake: Lake, work: Path, on_progress: "Pr
     config = step.config
     assert isinstance(config, FinetuneConfig)
     settings = offline_config(config, lake)
-    references = stored_references(step, config, lake) if stores_reference(config, settings.loss) else not_stored
+    is_stored, spent = stores_reference(config, settings.loss), [0.0]
+    references = _timed(stored_references(step, config, lake), spent) if is_stored else not_stored
     places = Places(work / "model", work / "checkpoints", work / "logs")
     helpers = Helpers(on_progress, references)
-    return train_offline(load_trained(config, lake), rows, settings, places, helpers)
+    report = train_offline(load_trained(config, lake), rows, settings, places, helpers)
+    report.reference_seconds = spent[0]
+    return report
+
+
+def _timed(references: "References", spent: list[float]) -> "References":
+    """Only the first of several trainings computes what is stored: its time is told from the training's."""
+
+    def found(split: str, pairs: "Sequence[EncodedPair]", compute: "Compute") -> "list[Logps]":
+        started = time.monotonic()
+        try:
+            return references(split, pairs, compute)
+        finally:
+            spent[0] += time.monotonic() - started
+
+    return found
 
 
 def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonValue]:
@@ -136,7 +157,12 @@ def _stats(config: FinetuneConfig, report: "TrainingReport") -> dict[str, JsonVa
     if report.n_held_out or report.held_out_dropped:
         stats["held_out_pairs"] = report.n_held_out
         stats["held_out_dropped"] = dict(report.held_out_dropped)
-        stats["held_out"] = {group or "all": _shown(values) for group, values in report.held_out.items()}
+        groups = shown_groups(filter(None, report.held_out))
+        total = {ALL: _shown(report.held_out[""])} if report.held_out else {}
+        of_groups = {shown: _shown(report.held_out[group]) for group, shown in groups.items()}
+        stats["held_out"] = {**total, **of_groups}
+    if report.reference_seconds:
+        stats["reference_seconds"] = round(report.reference_seconds, 1)
     if report.best_step is not None:
         stats["best_step"] = report.best_step
     if report.suggested_step_size is not None:
@@ -158,5 +184,6 @@ def _group_rows(report: "TrainingReport") -> list[dict[str, Cell]]:
     for split, figures in (("train", report.groups), ("test", report.held_out)):
         for group, values in figures.items():
             shown = cast(dict[str, Cell], _shown(values))
-            rows.append({"split": split, "group": group or "all", **shown, "warning": warned.get(group)})
+            name = shown_group(group or None)
+            rows.append({"split": split, "group": name, **shown, "warning": warned.get(group)})
     return rows

@@ -23,8 +23,7 @@ PROGRESS = "winnow-progress "
 def train_together(step: Step, lake_root: str, work: Path, on_progress: "Progress") -> "TrainingReport":
     """Train in as many processes as configured, each on its part of every batch; the model ends in `work`.
 
-    Up to rounding it is that of one process, but for the last batch of an epoch: where the pairs do not fill it, the
-    processes see some of them twice.
+    Up to rounding it is that of one process.
     """
     config = step.config
     assert isinstance(config, FinetuneConfig)

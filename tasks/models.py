@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from storage.lake import Lake
@@ -42,6 +43,15 @@ def model_identity(source: str, role: Role, lake: Lake) -> str:
     from runtime.models import content_hash
 
     return f"sha256:{content_hash(model_path(source, role, lake))}"
+
+
+def adapter_identity(source: str, lake: Lake) -> str:
+    """Likewise of an adapter to go on with."""
+    if source.startswith("models/"):
+        return pin(lake, source, "models/x")
+    from runtime.models import adapter_hash
+
+    return f"sha256:{adapter_hash(Path(source))}"
 
 
 def reward_identity(config: RewardConfig, lake: Lake) -> str:

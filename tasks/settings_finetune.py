@@ -87,7 +87,12 @@ class FinetuneConfig(StageConfig):
     adjustment: float = Field(
         0.0, title="Adjustment", description="C of C / sqrt(pairs), by which small groups weigh more (robust)", ge=0
     )
-    learning_rate: float = Field(2e-4, title="Learning rate", description="Peak; linear warm-up, cosine decay", gt=0)
+    learning_rate: float = Field(
+        2e-4,
+        title="Learning rate",
+        description="Peak; linear warm-up, cosine decay. For small models and LoRA; full weights of billions: 1e-6",
+        gt=0,
+    )
     epochs: int = Field(3, title="Epochs", description="Passes over the pairs", ge=1)
     batch_size: int = Field(16, title="Batch size", description="Pairs per step, of all processes", ge=1)
     processes: int = Field(
@@ -145,7 +150,9 @@ class FinetuneConfig(StageConfig):
         20.0, title="Divergence", description="Stop at a loss so many times the first one; 0: only at no number", ge=0
     )
     report_to: ReportTo = Field(
-        "auto", title="Report to", description="auto: TensorBoard's event files where that package is installed"
+        "auto",
+        title="Report to",
+        description="auto: TensorBoard's event files where that package is installed; the table has all figures anyway",
     )
     prompt_format: PromptFormat = Field(
         "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from runtime.alignment.config import LoraSettings
 from runtime.errors import ModelError
-from runtime.models import load_policy
+from runtime.models import ADAPTER_FILE, load_policy
 
-ADAPTER_FILE = "adapter_config.json"
 REFERENCE = "reference"  # name of the frozen copy of an adapter that is trained on
 Prints = Mapping[str, tuple[float, float]]
 
@@ -50,7 +49,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
-    """The model in `source` with a saved adapter's weights added: for one that was trained in 4 bit."""
+    """The model in `source` with a saved adapter's weights added: for one that was trained in 4 bit or in shards."""
     from peft import PeftModel
 
     return merged(cast(PreTrainedModel, PeftModel.from_pretrained(load_policy(source, dtype).model, str(adapter))))
@@ -58,8 +57,17 @@ def merged_anew(source: str, adapter: Path, dtype: str) -> PreTrainedModel:
 
 def prints(model: nn.Module) -> Prints:
     """Two sums of each trained weight, by which it is seen whether it moved."""
-    trained = ((name, parameter.detach()) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {name: (float(values.double().sum()), float(values.double().square().sum())) for name, values in trained}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = _whole(parameter.detach()).double()
+            found[name] = (float(values.sum()), float(values.square().sum()))
+    return found
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded; then every process must ask."""
+    return cast(torch.Tensor, cast(Any, tensor).full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def check_moved(before: Prints, after: Prints) -> None:

@@ -13,7 +13,10 @@ WORST_LOSS = "eval_worst_loss"
 
 
 def training_arguments(config: OfflineConfig, n_pairs: int, places: Places, device: torch.device) -> TrainingArguments:
-    """Order, accumulation, schedule, checkpoints; precision is our own business."""
+    """Order, accumulation, schedule; precision is our own business, and so is which checkpoints are kept.
+
+    A process uses one device, however many it sees.
+    """
     watch = config.watch
     need_reporter(watch.report_to)
     is_stopping = watch.early_stopping > 0
@@ -32,7 +35,6 @@ def training_arguments(config: OfflineConfig, n_pairs: int, places: Places, devi
         eval_steps=watch.eval_steps or None,
         save_strategy="steps" if watch.save_steps else "no",
         save_steps=watch.save_steps or 500,
-        save_total_limit=2,
         load_best_model_at_end=is_stopping,
         metric_for_best_model=WORST_LOSS if is_stopping else None,
         greater_is_better=False if is_stopping else None,
@@ -47,6 +49,8 @@ def training_arguments(config: OfflineConfig, n_pairs: int, places: Places, devi
         dataloader_pin_memory=device.type != "cpu",
     )
     found.warmup_steps = _warmup_steps(config, n_pairs, found.world_size)
+    if found.n_gpu > 1:  # or the trainer would share the model's copies out among them (nn.DataParallel)
+        found._n_gpu = 1
     return found
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runtime.alignment.checkpoints import write_state
+from runtime.alignment.checkpoints import keep_only, path_of, write_state
 from runtime.records import Progress
 
 if TYPE_CHECKING:
@@ -29,9 +29,16 @@ class EventFiles(TrainerCallback):
     """Figures as TensorBoard's event files, and nothing else: they are published, so no paths and no host names."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """What a killed training wrote behind its last checkpoint is written again, and holds no more."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.writer = folder, SummaryWriter(str(folder))
+        purged_from = state.global_step + 1 if state.global_step else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purged_from)
 
     def on_log(
         self,
@@ -78,6 +85,8 @@ class OwnState(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Every process has written its part by now."""
         self.trainer.accelerator.wait_for_everyone()
+        self.trainer.saved_step = state.global_step
         if state.is_world_process_zero:
-            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-            write_state(checkpoint, self.trainer.own_state())
+            work = Path(str(args.output_dir))
+            write_state(path_of(work, state.global_step), self.trainer.own_state())
+            keep_only(work, (state.global_step, state.best_global_step, self.trainer.good_step))

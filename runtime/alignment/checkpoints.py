@@ -4,6 +4,8 @@ Our file comes last and at once, so a checkpoint that has it is whole.
 """
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,18 @@ def last_checkpoint(work: Path) -> Path | None:
     """The newest whole checkpoint of a training's work folder."""
     whole = [path.parent for path in work.glob(f"checkpoint-*/{STATE_FILE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def path_of(work: Path, step: int) -> Path:
+    """Of the checkpoint behind a step."""
+    return work / f"checkpoint-{step}"
+
+
+def keep_only(work: Path, steps: Collection[int | None]) -> None:
+    """Remove the checkpoints of other steps."""
+    kept = {path_of(work, step) for step in steps if step is not None}
+    for path in set(work.glob("checkpoint-*")) - kept:
+        shutil.rmtree(path)
 
 
 def write_state(checkpoint: Path, state: dict[str, object]) -> None:

@@ -11,15 +11,25 @@ from runtime.alignment.losses import Losses
 from runtime.alignment.reference import Compute, Logps
 
 TENSORS = ("token_ids", "mask", "is_answer", "positions", "samples")  # of a Batch
+FILLER = "filler"  # field of a batch that holds no pair of its own
 Inputs = Mapping[str, Tensor]
 Result = TypeVar("Result")
-# Log-probabilities of the reference, stored or computed: References of one split.
-Recall = Callable[[Sequence[EncodedPair], Compute], list[Logps]]
+
+
+class Recall(Protocol):
+    """Log-probabilities of the reference, stored or computed: References of one split."""
+
+    def __call__(self, pairs: Sequence[EncodedPair], compute: Compute, of: str = "") -> list[Logps]:
+        """One entry per pair; `of` tells other pairs of the split from its own."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A pair, its group's place among the names, and what was computed of it before training."""
+    """A pair, its group's place among the names, and what was computed of it before training.
+
+    A filler stands where a process has no pair left: it takes part in the passes, and counts nowhere.
+    """
 
     pair: EncodedPair
     group_id: int
@@ -27,6 +37,7 @@ class Item:
     other: EncodedPair | None = None  # another pair's chosen answer under this pair's prompt
     other_reference: float = 0.0
     margin: float = 0.0
+    is_filler: bool = False
 
 
 class Objective(Protocol):
@@ -43,6 +54,13 @@ class Objective(Protocol):
     def losses(self, model: nn.Module, inputs: Inputs) -> Losses:
         """Of each pair of a batch."""
         ...
+
+
+def collated(objective: Objective, items: Sequence[Item]) -> dict[str, Tensor]:
+    """A batch without fillers; one that has nothing else is marked, and has one pair that does not count."""
+    counted = [item for item in items if not item.is_filler]
+    batch = objective.collate(counted or items[:1])
+    return batch if counted else batch | {FILLER: batch["group_ids"]}
 
 
 def within(model: nn.Module, compute: Callable[[nn.Module], Result]) -> Result:

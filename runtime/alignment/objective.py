@@ -1,13 +1,13 @@
 """What is computed on a batch of pairs: a method's losses, with what the method asks of the reference."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from runtime.alignment.collate import EncodedPair, collate
-from runtime.alignment.items import Inputs, Item, Recall, as_batch, as_inputs
+from runtime.alignment.items import FILLER, Inputs, Item, Recall, as_batch, as_inputs
 from runtime.alignment.logps import Reference, answer_logps, answer_logps_and_kl
 from runtime.alignment.losses import AnswerLogps, Losses, LossSettings, PairLogps, needs, pair_losses
 from runtime.alignment.packing import collate_packed, packs
@@ -26,6 +26,7 @@ class PolicyObjective:
         """packed_tokens: how many a row may hold of several samples (supervised training alone); 0: one each."""
         self.settings, self.pad_id, self.reference, self.packed_tokens = settings, pad_id, reference, packed_tokens
         self.needs = needs(settings)
+        self.over_processes: Callable[[Tensor], Tensor] = lambda values: values  # sums; set by the trainer
 
     def prepare(self, model: nn.Module, items: Sequence[Item], batch_size: int, recall: Recall) -> list[Item]:
         """See Objective: log-probabilities of the reference, which the policy still is."""
@@ -39,11 +40,10 @@ class PolicyObjective:
         known = [replace(item, reference=logps) for item, logps in zip(items, found, strict=True)]
         if not self.needs.mismatched:
             return known
-        others = list(_mismatched(known))
-        return [
-            replace(item, other=other, other_reference=logps[0])
-            for item, other, logps in zip(known, others, compute(others), strict=True)
-        ]
+        others = [item.other for item in known if item.other is not None]
+        assert len(others) == len(known), "with_others comes first"
+        of_others = recall(others, compute, "_other")
+        return [replace(item, other_reference=logps[0]) for item, logps in zip(known, of_others, strict=True)]
 
     def collate(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """See Objective."""
@@ -77,12 +77,19 @@ class PolicyObjective:
             rejected = policy.rejected and replace(policy.rejected, logps=inputs["reference_rejected"])
             reference = PairLogps(chosen, rejected)
         if self.needs.mismatched:
-            with torch.no_grad():
-                mismatched = (answer_logps(model, as_batch(inputs, OTHER)).logps, inputs["other_reference"])
+            mismatched = self._moved(model, inputs)
         found = pair_losses(self.settings, policy, reference, mismatched)
         if reference is not None:
             found.metrics["kl_per_token"] = _divergence(policy, reference)
         return found
+
+    @torch.no_grad()
+    def _moved(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """How far answers under other prompts have moved, on the mean of the whole batch; both (1,)."""
+        moved = answer_logps(model, as_batch(inputs, OTHER)).logps - inputs["other_reference"]
+        sums = torch.stack([moved.sum(), torch.ones_like(moved).sum()])
+        total, count = self.over_processes(torch.zeros_like(sums) if FILLER in inputs else sums)
+        return (total / count)[None], torch.zeros_like(total)[None]
 
     def _pairs(self, answers: AnswerLogps) -> PairLogps:
         if not self.needs.rejected:
@@ -109,14 +116,25 @@ def _divergence(policy: PairLogps, reference: PairLogps) -> Tensor:
     return fallen / n_tokens
 
 
-def _mismatched(items: Sequence[Item]) -> Iterator[EncodedPair]:
-    """Each prompt with the chosen answer of the next pair that has another prompt."""
+def with_others(items: Sequence[Item], pool: Sequence[Item], max_length: int) -> list[Item]:
+    """Each item with its prompt before the chosen answer of the next item of `pool` that has another prompt.
+
+    The pool begins with the items. An answer that would go beyond max_length is cut.
+    """
+    found: list[Item] = []
     for place, item in enumerate(items):
         prompt = item.pair.chosen[: item.pair.n_prompt]
-        later = (items[(place + step) % len(items)].pair for step in range(1, len(items)))
+        later = (pool[(place + step) % len(pool)].pair for step in range(1, len(pool)))
         other = next((pair for pair in later if pair.chosen[: pair.n_prompt] != prompt), None)
         if other is None:
             raise InputError("kto measures its zero by answers under other prompts, but all pairs have one prompt")
-        mixed, moved = [*prompt, *other.chosen[other.n_prompt :]], len(prompt) - other.n_prompt
-        spans = tuple((start + moved, end + moved) for start, end in other.chosen_spans)
-        yield EncodedPair(item.pair.group, mixed, mixed, len(prompt), chosen_spans=spans)
+        found.append(replace(item, other=_mixed(item.pair, other, max_length)))
+    return found
+
+
+def _mixed(pair: EncodedPair, other: EncodedPair, max_length: int) -> EncodedPair:
+    mixed = [*pair.chosen[: pair.n_prompt], *other.chosen[other.n_prompt :]][:max_length]
+    moved = pair.n_prompt - other.n_prompt
+    spans = tuple((start + moved, min(end + moved, len(mixed))) for start, end in other.chosen_spans)
+    kept = tuple((start, end) for start, end in spans if start < end)
+    return replace(pair, chosen=mixed, rejected=mixed, chosen_spans=kept, rejected_spans=kept, cut="")

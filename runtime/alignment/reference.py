@@ -33,7 +33,7 @@ def reference_logps(
 ) -> list[Logps]:
     """S of both answers of every pair, by the weights and adapters as they are now; the model keeps its mode.
 
-    Pairs of like length share a batch, so that little is padding.
+    Pairs of like length share a batch, so that little is padding. Where both answers are one, it is computed once.
     """
     device = next(model.parameters()).device
     found: list[Logps] = [(0.0, 0.0)] * len(pairs)
@@ -43,9 +43,12 @@ def reference_logps(
     try:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            batch = collate([pairs[place] for place in places], pad_id, with_rejected=True)
+            wanted = [pairs[place] for place in places]
+            are_two = any(pair.chosen != pair.rejected for pair in wanted)
+            batch = collate(wanted, pad_id, with_rejected=are_two)
             moved = Batch(batch.token_ids.to(device), batch.mask.to(device), batch.is_answer.to(device))
-            chosen, rejected = answer_logps(model, moved).logps.double().cpu().chunk(2)
+            logps = answer_logps(model, moved).logps.double().cpu()
+            chosen, rejected = logps.chunk(2) if are_two else (logps, logps)
             for place, *both in zip(places, chosen.tolist(), rejected.tolist(), strict=True):
                 found[place] = (both[0], both[1])
             if on_progress is not None:

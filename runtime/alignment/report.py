@@ -27,7 +27,10 @@ class Warned:
 
 @dataclass(slots=True)
 class TrainingReport:
-    """What happened. dropped, held_out_dropped, cut (by max_length): reason -> rows. Figures: of the final weights."""
+    """What happened. dropped, held_out_dropped, cut (by max_length): reason -> rows. Figures: of the final weights.
+
+    reference_seconds: spent on stored log-probabilities of the reference; filled in by whoever has a clock.
+    """
 
     steps: int
     n_rows: int
@@ -36,6 +39,7 @@ class TrainingReport:
     held_out_dropped: Mapping[str, int] = field(default_factory=dict)
     cut: Mapping[str, int] = field(default_factory=dict)
     n_tokens: int = 0
+    reference_seconds: float = 0.0
     best_step: int | None = None
     suggested_step_size: float | None = None
     points: list[Point] = field(default_factory=list)

@@ -4,7 +4,8 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +17,22 @@ from transformers.trainer_callback import PrinterCallback
 
 from runtime.alignment.arguments import WORST_LOSS
 from runtime.alignment.callbacks import EventFiles, OwnState, ReportProgress
+from runtime.alignment.checkpoints import path_of
 from runtime.alignment.config import OfflineConfig
 from runtime.alignment.figures import ALL, Figures, GroupSums, extremes
 from runtime.alignment.groups import GroupReducer
-from runtime.alignment.items import Inputs, Item, Objective
+from runtime.alignment.items import FILLER, Inputs, Item, Objective, collated
 from runtime.alignment.report import Point
 from runtime.alignment.sampler import LengthGrouped
 from runtime.errors import ModelError
 from runtime.records import Progress
 
 MEMORY = 10  # steps whose mean loss tells whether a training diverges
+
+
+def n_pairs_of(inputs: Inputs) -> int:
+    """Pairs of a batch; none where it holds but a filler."""
+    return 0 if FILLER in inputs else len(inputs["group_ids"])
 
 
 class DivergedError(ModelError):
@@ -60,17 +67,23 @@ class OfflineTrainer(Trainer):
         self.method, self.split, self.config = objective, split, config
         counts = {name: sum(item.group_id == i for item in split.train) for i, name in enumerate(split.names)}
         self.reducer = GroupReducer(config.groups, {name: count for name, count in counts.items() if count})
-        self.sampler = LengthGrouped([item.pair.length for item in split.train], config.batch_size, config.seed)
+        lengths, n_processes = [item.pair.length for item in split.train], arguments.world_size
+        self.sampler = LengthGrouped(lengths, config.batch_size, config.seed, n_processes)
+        # What stands behind the pairs holds the place of one that there is not.
+        filler = replace(min(split.train, key=lambda item: item.pair.length), is_filler=True)
         self.sums = GroupSums(split.names)
         self.points: list[Point] = []
         self.losses: deque[float] = deque(maxlen=MEMORY)
         self.first_loss, self.n_tokens = math.nan, 0
+        # The newest checkpoint, and the newest one whose weights were then seen to have a loss within the limit.
+        self.saved_step: int | None = None
+        self.good_step: int | None = None
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=cast("Dataset[Item]", split.train),
+            train_dataset=cast("Dataset[Item]", [*split.train, filler]),
             eval_dataset=cast("Dataset[Item]", split.test) if split.test else None,
-            data_collator=objective.collate,
+            data_collator=partial(collated, objective),
             callbacks=[OwnState(self)],
         )
         self.remove_callback(PrinterCallback)
@@ -96,12 +109,14 @@ class OfflineTrainer(Trainer):
         group_ids = inputs["group_ids"]
         with self.autocast_smart_context_manager():
             found = self.method.losses(model, inputs)
-        self.sums.add(found, group_ids)
-        self.reducer.observe(found.per_sample, group_ids)
+        is_counted = FILLER not in inputs
+        self.sums.add(found, group_ids, is_counted)
+        if is_counted:
+            self.reducer.observe(found.per_sample, group_ids)
         loss = self.reducer.reduce(found.per_sample, group_ids)
         # Micro-batches may differ in size, the last of an epoch most of all: every pair weighs the same.
         assert num_items_in_batch is not None
-        loss = loss * (len(group_ids) * self.current_gradient_accumulation_steps / num_items_in_batch)
+        loss = loss * (n_pairs_of(inputs) * self.current_gradient_accumulation_steps / num_items_in_batch)
         return (loss, None) if return_outputs else loss
 
     def get_batch_samples(
@@ -109,8 +124,9 @@ class OfflineTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step, and the pairs they have, on the mean of all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        n_pairs = torch.tensor(float(sum(len(batch["group_ids"]) for batch in batches)), device=device)
-        self.n_tokens += int(self.summed(torch.stack([batch["mask"].sum() for batch in batches]).sum()))
+        n_pairs = torch.tensor(float(sum(map(n_pairs_of, batches))), device=device)
+        n_tokens = torch.stack([batch["mask"].sum() * (FILLER not in batch) for batch in batches]).sum()
+        self.n_tokens += int(self.summed(n_tokens))
         return batches, self.summed(n_pairs) / self.accelerator.num_processes
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
@@ -123,12 +139,12 @@ class OfflineTrainer(Trainer):
     ) -> dict[str, float]:
         """Figures of the held-out pairs; group weights play no part and stay."""
         figures = self.figures_of(self.split.test)
-        self.keep("test", figures)
+        shown = self.keep("test", figures)
         worst = extremes(figures)["worst/loss"]
         if not math.isfinite(worst):
             raise DivergedError(f"the held-out loss is {worst} at step {self.state.global_step}; lower learning_rate")
         metrics = {"eval_loss": figures[ALL]["loss"], WORST_LOSS: worst}
-        self.log(metrics | {f"eval_{name}/loss": values["loss"] for name, values in figures.items() if name != ALL})
+        self.log({f"eval_{name}": value for name, value in shown.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -144,10 +160,10 @@ class OfflineTrainer(Trainer):
         for start in range(0, len(order), width * n_processes):
             own = start + width * self.accelerator.process_index
             # Sharded models want every process in every pass, so one that has no pairs left takes the first again.
-            batch = order[own : own + width] or order[:1]
-            inputs: Inputs = self._prepare_inputs(self.method.collate(batch))
+            batch = order[own : own + width] or [replace(order[0], is_filler=True)]
+            inputs: Inputs = self._prepare_inputs(collated(self.method, batch))
             with self.autocast_smart_context_manager():
-                sums.add(self.method.losses(model, inputs), inputs["group_ids"], is_counted=own < len(order))
+                sums.add(self.method.losses(model, inputs), inputs["group_ids"], FILLER not in inputs)
         model.train(was_training)
         return sums.figures(self.summed)
 
@@ -159,23 +175,30 @@ class OfflineTrainer(Trainer):
             if self.config.groups.reducer != "mean":
                 extra["objective"] = float(logs["loss"])
             figures[ALL] |= extra
-            self.keep("train", figures)
-            logs = {f"groups/{name}/loss": values["loss"] for name, values in figures.items() if name != ALL}
-            logs |= figures[ALL]
-            self._check_course(figures[ALL]["loss"])
+            loss = figures[ALL]["loss"]
+            logs = self.keep("train", figures)
+            self._check_course(loss)
         super().log(logs, start_time)
 
-    def keep(self, split: str, figures: Figures) -> None:
-        """Put figures, extremes and group weights into the record."""
+    def keep(self, split: str, figures: Figures) -> dict[str, float]:
+        """Put figures, extremes and group weights into the record; all of it again, by name, to be reported."""
         step, shown = self.state.global_step, {name: dict(values) for name, values in figures.items()}
         shown[ALL] |= extremes(figures)
         if self.config.groups.reducer != "mean" and split == "train":
             # All of them: one that has no pair in this step has a weight too.
             for name, weight in zip(self.reducer.names, self.reducer.weights.tolist(), strict=True):
                 shown.setdefault(name, {})["weight"] = weight
+        found: dict[str, float] = {}
         for name, values in shown.items():
-            known = ((metric, value) for metric, value in values.items() if metric != "pairs")
-            self.points += [Point(step, split, name or None, metric, value) for metric, value in known]
+            known = {metric: value for metric, value in values.items() if metric != "pairs"}
+            self.points += [Point(step, split, name or None, metric, value) for metric, value in known.items()]
+            found |= {f"groups/{name}/{metric}" if name else metric: value for metric, value in known.items()}
+        return found
+
+    @property
+    def good_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose loss was seen to be within the limit of divergence."""
+        return None if self.good_step is None else path_of(Path(str(self.args.output_dir)), self.good_step)
 
     @property
     def was_evaluated(self) -> bool:
@@ -195,6 +218,8 @@ class OfflineTrainer(Trainer):
             "losses": list(self.losses),
             "first_loss": self.first_loss,
             "n_tokens": self.n_tokens,
+            "saved_step": self.saved_step,
+            "good_step": self.good_step,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -203,6 +228,7 @@ class OfflineTrainer(Trainer):
         self.points = [Point(*values) for values in state["points"]]
         self.losses.extend(state["losses"])
         self.first_loss, self.n_tokens = state["first_loss"], state["n_tokens"]
+        self.saved_step, self.good_step = state.get("saved_step"), state.get("good_step")
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Before weights and optimizer are touched: a loss or gradient that is no number ends the training."""
@@ -218,6 +244,8 @@ class OfflineTrainer(Trainer):
             self.first_loss = loss
         self.losses.append(loss)
         limit, mean = self.config.watch.divergence * abs(self.first_loss), sum(self.losses) / len(self.losses)
+        if not limit or loss <= limit:
+            self.good_step = self.saved_step
         if limit and len(self.losses) == MEMORY and mean > limit:
             raise DivergedError(
                 f"the loss was {self.first_loss:.4g} at the first step and {mean:.4g} over the last {MEMORY} "

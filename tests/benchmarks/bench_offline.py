@@ -1,10 +1,13 @@
 """DPO with precomputed reference log-probabilities: steps per second and peak memory, ours against TRL's DPOTrainer.
 
     .venv/bin/python tests/benchmarks/bench_offline.py [--steps 3] [--repeats 3] [--trl-python PATH]
+    .venv/bin/python tests/benchmarks/bench_offline.py --arm start [--repeats 3]
 
 A random Llama of 15M parameters with a vocabulary of 32,000; pairs of 2 x 512 tokens, half of them the prompt's, 8 per
 step; AdamW, float32. Each arm trains in a process of its own, by turns. TRL may live in another environment.
 memory: peak of the process; above start: without what it had before training. CPU: seconds of all threads per step.
+start: from the start of a fresh process to the end of its first step, with HF_HUB_OFFLINE=1; imports, the starter's
+weights and the reference's pass over 64 pairs are in it.
 """
 
 from __future__ import annotations
@@ -32,6 +35,12 @@ def main() -> None:
     settings = options(
         __doc__, steps=3, batch=8, tokens=512, prompt=256, trl_python=sys.executable, arm="", checkpointing=0
     )
+    if settings.arm == "start":
+        show("start", settings, [start_up(settings) for _ in range(settings.repeats)])
+        return
+    if settings.arm == "first step":
+        first_step()
+        return
     if settings.arm:
         print(json.dumps(train(settings)))
         return
@@ -60,6 +69,37 @@ def run_apart(settings: Any, arm: str, is_checkpointing: bool) -> dict[str, floa
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def start_up(settings: Any) -> dict[str, object]:
+    """Seconds of wall time and of CPU of one fresh process up to its first step."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(settings.threads)
+    started = time.time()
+    done = subprocess.run(
+        [sys.executable, __file__, "--arm", "first step"], capture_output=True, text=True, env=environment, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"model": "starter", "s to first step": found["at"] - started, "CPU s": found["cpu"]}
+
+
+def first_step() -> None:
+    """Print when the first step of a training is over, and end."""
+    from runtime.alignment.collate import PreferenceRow
+    from runtime.alignment.config import OfflineConfig, Places
+    from runtime.alignment.offline import Helpers, PairRows, train_offline
+    from runtime.models import load_policy
+    from runtime.records import Message
+    from runtime.starter import path
+
+    def stop(done: int, total: int) -> None:
+        print(json.dumps({"at": time.time(), "cpu": time.process_time()}), flush=True)
+        raise SystemExit
+
+    rows = [PreferenceRow(str(i), "all", (Message("user", f"{i} + 1"),), f"{i + 1}", f"{i + 2}") for i in range(64)]
+    with tempfile.TemporaryDirectory() as folder:
+        config, places = OfflineConfig(batch_size=8, max_length=256), Places(Path(folder, "out"), Path(folder, "work"))
+        train_offline(load_policy(str(path("policy"))), PairRows(rows), config, places, Helpers(stop))
 
 
 def table(found: dict[str, list[dict[str, float]]], is_checkpointing: bool) -> list[dict[str, object]]:

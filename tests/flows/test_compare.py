@@ -1,6 +1,7 @@
 """`winnow compare` as a flow under Prefect and as a command."""
 
 import json
+from base64 import b64decode
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def test_the_flow_shows_the_table_and_a_second_run_is_a_cache_hit(
     assert {"figure", "group", "dpo", "gr_dpo step_size=0.5"} == set(shown[0])
     assert any(row["figure"] == "accuracy" and row["group"] == "worst" for row in shown)
     assert "models-flow-compare-image" in artifacts or "models-flow-compare-comparison" in artifacts
+    # Every training shows its learning curves, and those of the groups.
+    for key in ("models-flow-dpo-training-0", "models-flow-dpo-group-curves"):
+        image = str(artifacts[key].data)
+        assert artifacts[key].type == "image" and image.startswith("data:image/png;base64,")
+        assert b64decode(image.partition(",")[2]).startswith(b"\x89PNG")
 
 
 @pytest.mark.timeout(300)

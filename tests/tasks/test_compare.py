@@ -10,8 +10,9 @@ from storage.catalog import query
 from storage.lake import Lake
 from tasks import compare, evaluate, finetune
 from tasks.compare import Comparison
-from tasks.comparison import overview, summary
+from tasks.comparison import overview, summary, training_rows
 from tasks.errors import ConfigError
+from tasks.groups import group_shown_as, shown_group
 from tasks.settings import CompareConfig, PipelineConfig
 from tests.tasks.test_chain import config, run_chain
 
@@ -93,6 +94,17 @@ def test_the_table_holds_what_the_stages_measured(compared: Lake) -> None:
     assert all(0 <= value <= 1 for value in truths.values())
 
 
+def test_a_group_that_is_named_like_a_total_is_told_from_it() -> None:
+    stats = {"held_out": {"all": {"loss": 1.0}, "group all": {"loss": 2.0}, "b": {"loss": 0.5}}}
+    rows = training_rows(stats, {"method": "dpo", "seed": 0, "model": "m"})  # type: ignore[arg-type]
+    assert {row["group"]: row["value"] for row in rows} == {None: 1.0, "all": 2.0, "b": 0.5}
+    found = {f["group"]: f["mean"] for f in summary(rows)}
+    assert found == {"all": 1.0, "group all": 2.0, "b": 0.5, "worst": 2.0, "gap": 1.5}
+    for name in ("worst", "gap", "all", "b"):
+        assert group_shown_as(shown_group(name)) == name
+    assert group_shown_as(shown_group(None)) is None
+
+
 def test_worst_and_gap_are_taken_per_seed_before_the_mean() -> None:
     values = {(0, "a"): 0.2, (0, "b"): 0.8, (1, "a"): 0.9, (1, "b"): 0.5}
     rows = [
@@ -118,6 +130,9 @@ def test_the_comparison_is_drawn_and_reported(compared: Lake) -> None:
     picture = main_picture(compared, ref)
     assert picture is not None
     assert "truth of the worst group with dpo" in picture.alt
+    titles = [axes.get_title() for axes in picture.figure.axes]
+    assert titles == ["truth of answers", "accuracy on held-out pairs", "wall time, s", "tokens"]
+    assert "wall time, s with dpo: " in picture.alt and "tokens with dpo: " in picture.alt
     report = build_report(compared, ref)
     assert "Methods compared" in report.sections
     assert report.pictures == ["comparison"]

@@ -1,5 +1,7 @@
 """The fine-tuning stage on tiny models: what it publishes, refuses, and keeps when it is killed."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from storage.report.pictures import stage_pictures
 from storage.schema import to_table
 from storage.writer import Provenance, Shard
 from tasks import finetune
-from tasks.errors import ConfigError
+from tasks.errors import ConfigError, ModelError
 from tasks.models import open_reward
 from tasks.plan import steps
 from tasks.settings import FinetuneConfig, PipelineConfig, RewardConfig
@@ -148,6 +150,52 @@ def test_an_adapter_in_the_lake_goes_on(lake: Lake, tiny_policy_dir: Path) -> No
         _run(lake, tiny_policy_dir, lora=True, lora_adapter="models/tiny", lora_rank=4)
 
 
+def test_an_adapter_in_a_folder_goes_on_and_its_bytes_are_part_of_the_version(
+    lake: Lake, tmp_path: Path, tiny_policy_dir: Path
+) -> None:
+    first = _run(lake, tiny_policy_dir, lora=True, lora_rank=4, learning_rate=1e-2)
+    folder = tmp_path / "adapter"
+    shutil.copytree(lake.folder(first, "model/adapter"), folder)
+    settings = {"lora": True, "lora_adapter": str(folder), "learning_rate": 1e-3}
+    second = _run(lake, tiny_policy_dir, **settings)
+    identity = lake.manifest(second).inputs["adapter"]
+    assert identity.startswith("sha256:")
+    before, after = _weights(lake, first), _weights(lake, second)
+    assert 0 < max((before[name] - after[name]).abs().max().item() for name in before) < 0.1
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 1}))
+    changed = finetune.prepare(FinetuneConfig.model_validate(BASE | {"model": str(tiny_policy_dir)} | settings), lake)
+    assert changed.models["adapter"] != identity and changed.version != second.version
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="has no adapter_config.json; give the folder of an adapter that peft wrote"):
+        _run(lake, tiny_policy_dir, **settings)
+
+
+def test_a_group_without_a_name_is_the_total_and_one_among_others_is_told_from_it(
+    tmp_path: Path, tiny_policy_dir: Path
+) -> None:
+    for name, groups, shown in (("one", ("all",) * 4, ["all"]), ("two", ("all", "b") * 2, ["all", "group all", "b"])):
+        lake = Lake.open(str(tmp_path / name))
+        _publish(lake, groups, groups)
+        held_out = lake.manifest(_run(lake, tiny_policy_dir, epochs=1)).stats["held_out"]
+        assert isinstance(held_out, dict) and list(held_out) == shown
+        assert held_out["all"]["pairs"] == 4
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_event_files_that_cannot_be_written_are_named(
+    extra: bool, lake: Lake, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(finetune, "log_event", lambda event, **values: said.append(event))
+    for module in ("tasks.finetune", "tasks.training", "runtime.alignment.arguments"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: object() if extra else None)
+    if extra:
+        pytest.importorskip("tensorboard")
+    _run(lake, tiny_policy_dir, report_to="auto", epochs=1)
+    assert said == ([] if extra else ["no-event-files"])
+
+
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
@@ -223,6 +271,14 @@ def test_the_reference_answers_once_for_all_trainings_on_the_same_pairs(
     _run(lake, tiny_policy_dir, method="dpo", lora=True, lora_rank=4)
     assert asked == [12, 6, 12, 6]  # an adapter that is new says what the policy says
     assert lake.versions("preferences", "tiny-ref") == stored
+    kto = _run(lake, tiny_policy_dir, method="kto")
+    assert asked == [12, 6, 12, 6, 12, 6]  # answers under other prompts, of both splits
+    _run(lake, tiny_policy_dir, method="kto", beta=0.2)
+    assert asked == [12, 6, 12, 6, 12, 6]
+    assert len(lake.versions("preferences", "tiny-ref")) == 4
+    computed, read = lake.manifest(first).stats, lake.manifest(second).stats
+    assert computed["reference_seconds"] != read.get("reference_seconds", 0)
+    assert "reference_seconds" not in lake.manifest(again).stats and "seconds" in lake.manifest(kto).stats
 
 
 def test_the_settings_of_a_reward_model_are_part_of_its_version(lake: Lake, tiny_policy_dir: Path) -> None:

@@ -149,9 +149,13 @@ def test_flipping_a_field_changes_its_stage_and_those_after_it_only(
 ) -> None:
     source = tmp_path / "other.jsonl"
     source.write_text('{"prompt": "x"}\n')
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / file).write_bytes(b"{}")
     others = {
         "model": str(tiny_policy_dir),
-        "lora_adapter": str(tiny_policy_dir),
+        "lora_adapter": str(adapter),
         "reward_model": str(tiny_reward_dir),
         "source": str(source),
     }

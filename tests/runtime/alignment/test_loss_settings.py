@@ -82,6 +82,18 @@ def test_needs_by_method() -> None:
     assert needs(LossSettings("orpo", sft_term="sequence")) == Needs("none", True, True, False)
 
 
+def test_every_section_on_a_method_has_formula_use_defaults_and_warnings() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "alignment.md").read_text()
+    sections = {part.splitlines()[0]: part for part in page.split("\n## ")[1:]}
+    for method in (*READS, "reward", "Groups"):
+        (title,) = (title for title in sections if re.match(rf"(\w+, )*{method}\b", title))
+        assert re.search(r"^    .+(=|<-).+$", sections[title], re.M), f"{title}: no formula"
+        for word in ("**When**", "**Defaults**", "**Watch**"):
+            assert word in sections[title], f"{title}: {word}"
+    for word in ("lora_adapter", "lora_4bit", "Packing", "truncation", "Resume", "Early stopping", "Divergence"):
+        assert word in sections["The trainer"]
+
+
 def test_the_page_on_methods_has_every_method_with_its_defaults() -> None:
     page = (Path(__file__).parents[3] / "docs" / "alignment.md").read_text()
     titles = {

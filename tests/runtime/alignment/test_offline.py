@@ -3,15 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from runtime.alignment.arguments import training_arguments
 from runtime.alignment.collate import PreferenceRow, collate, encode_pairs
 from runtime.alignment.config import LoraSettings, OfflineConfig, Places
 from runtime.alignment.losses import LossSettings
 from runtime.alignment.offline import PairRows, train_offline
 from runtime.alignment.report import TrainingReport
-from runtime.errors import InputError, ModelError
+from runtime.errors import ConfigError, InputError, ModelError
 from runtime.models import LoadedModel, load_policy
 from runtime.records import Message
+from tests.conftest import byte_tokenizer
+from tests.runtime.alignment.tiny_models import tiny_model
 
 DPO = OfflineConfig(learning_rate=3e-3, epochs=4, batch_size=4, max_length=128)
 
@@ -98,6 +102,22 @@ def test_only_answer_tokens_and_the_end_token_are_trained_on(tiny_policy: Loaded
 def test_no_row_left_is_one_clear_line(tiny_policy_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="10 prompt_too_long"):
         _train(tiny_policy_dir, tmp_path, replace(DPO, max_length=3))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_more_tokens_than_the_model_has_positions_are_one_clear_line(architecture: str, tmp_path: Path) -> None:
+    loaded = LoadedModel(tiny_model(architecture), byte_tokenizer(), "some/model", "")
+    with pytest.raises(ConfigError, match="max_length = 128 is more than the 64 positions of 'some/model'; set max_le"):
+        train_offline(loaded, PairRows(_rows()), DPO, Places(tmp_path, tmp_path / "work"))
+
+
+def test_a_process_that_sees_several_gpus_uses_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = training_arguments(DPO, 10, Places(tmp_path, tmp_path / "work"), torch.device("cpu"))
+    assert found.n_gpu == 0
+    # As if transformers had found two before it was told of one.
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: vars(arguments)["_n_gpu"] or 2))
+    found = training_arguments(DPO, 10, Places(tmp_path, tmp_path / "work"), torch.device("cpu"))
+    assert found.n_gpu == 1 and found.train_batch_size == DPO.batch_size
 
 
 def test_a_diverging_run_stops_with_one_clear_line(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime.alignment.checkpoints import last_checkpoint, read_state, write_state
-from runtime.alignment.config import Places, Watch
+from runtime.alignment.config import LoraSettings, Places, Watch
 from runtime.alignment.offline import Helpers, PairRows, train_offline
 from runtime.models import load_policy
 from tests.runtime.alignment.trained import CONFIGS, largest_difference, rows, train
@@ -42,12 +42,21 @@ def test_a_killed_training_that_is_resumed_gives_the_same_bits(tiny_policy_dir: 
     assert len(set(weights)) == 16
 
 
-@pytest.mark.parametrize("kind", ["lora", "token level", "accumulated"])
+@pytest.mark.parametrize("kind", ["lora", "token level", "accumulated", "kto", "continued adapter", "early stopping"])
 def test_a_training_stopped_anywhere_goes_on_as_if_nothing_had_been(
     kind: str, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    config = replace(CONFIGS[kind], watch=Watch(eval_steps=2, save_steps=2))
     data = PairRows(rows(16), rows(6))
+    if kind == "early stopping":  # held-out pairs want the opposite: the first look is the best
+        flipped = [replace(row, chosen=row.rejected, rejected=row.chosen) for row in data.test]
+        data = replace(data, test=flipped)
+    if kind == "continued adapter":
+        train(load_policy(str(tiny_policy_dir)), tmp_path / "before", CONFIGS["lora"])
+        known = LoraSettings(adapter=tmp_path / "before" / "adapter")
+        config = replace(CONFIGS["lora"], lora=known, learning_rate=3e-3)
+    else:
+        config = CONFIGS[kind]
+    config = replace(config, watch=replace(config.watch, eval_steps=2, save_steps=2))
     whole = train(load_policy(str(tiny_policy_dir)), tmp_path / "whole", config, data)
     places = Places(tmp_path / "parts", tmp_path / "parts" / "work")
     for stop in (3, 5):
@@ -61,6 +70,28 @@ def test_a_training_stopped_anywhere_goes_on_as_if_nothing_had_been(
     parts = train_offline(load_policy(str(tiny_policy_dir)), data, config, places)
     assert largest_difference(places.output, tmp_path / "whole") == 0
     assert parts == whole
+    assert (parts.steps < 16) == (kind == "early stopping")
+
+
+def test_event_files_of_a_resumed_training_have_every_step_once(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(CONFIGS["full"], watch=Watch(save_steps=2, report_to="tensorboard"))
+    places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
+
+    def stopped(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_offline(load_policy(str(tiny_policy_dir)), PairRows(rows(16)), config, places, Helpers(stopped))
+    report = train_offline(load_policy(str(tiny_policy_dir)), PairRows(rows(16)), config, places)
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    found = events.Scalars("train/loss")
+    assert [event.step for event in found] == list(range(1, 17))
+    assert [event.value for event in found] == pytest.approx(report.curve("loss"))
 
 
 def test_a_checkpoint_without_its_mark_is_not_resumed_from(tmp_path: Path) -> None:

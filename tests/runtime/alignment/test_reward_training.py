@@ -32,6 +32,20 @@ def test_the_loss_is_bradley_terry_with_a_margin() -> None:
         assert found.metrics["rewards/accuracies"][i] == float(apart > 0)
 
 
+def test_the_gradient_is_that_of_the_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    chosen, rejected, margin = torch.randn(3, 9, generator=generator, dtype=torch.float64) * 3
+    chosen.requires_grad_(True), rejected.requires_grad_(True)
+    weights = torch.linspace(-1, 2, 9, dtype=torch.float64)
+    (bradley_terry(chosen, rejected, margin).per_sample * weights).sum().backward()
+    for i in range(9):
+        apart = (chosen[i] - rejected[i] - margin[i]).item()
+        wanted = weights[i].item() * -1 / (1 + math.exp(apart))  # -(1 - sigmoid(r_w - r_l - margin))
+        assert chosen.grad is not None and rejected.grad is not None
+        assert chosen.grad[i].item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+        assert rejected.grad[i].item() == pytest.approx(-wanted, rel=1e-9, abs=1e-12)
+
+
 def test_beginnings_differ_are_shorter_and_end_as_partial_answers_do(tiny_policy: LoadedModel) -> None:
     tokenizer = tiny_policy.tokenizer
     pairs, _ = encode_pairs(rows(), tokenizer, "chat", 128)

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from runtime.alignment.checkpoints import last_checkpoint
+from runtime.alignment.collate import encode_pairs
 from runtime.alignment.config import OfflineConfig, Places, Watch
-from runtime.alignment.groups import GroupSettings
+from runtime.alignment.figures import Figures
 from runtime.alignment.losses import LossSettings
 from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.reference import reference_logps
 from runtime.alignment.trainer import DivergedError, OfflineTrainer
 from runtime.errors import ConfigError, InputError
-from runtime.models import load_policy
+from runtime.models import LoadedModel, load_policy
 from tests.runtime.alignment.trained import DPO, LORA, ROBUST, largest_difference, rows, train, weights
 
 DATA = PairRows(rows(12), rows(6))
@@ -96,6 +98,49 @@ def test_a_training_that_leaves_the_numbers_keeps_its_last_good_checkpoint(
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("save_steps", [1, 3])
+def test_of_a_diverging_training_the_checkpoint_that_is_kept_is_a_good_one(
+    save_steps: int, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    loss = LossSettings("ipo", length_norm="sum")
+    config = replace(DPO, loss=loss, learning_rate=0.3, epochs=20, watch=Watch(save_steps=save_steps))
+    with pytest.raises(DivergedError, match="the last good checkpoint is kept in") as it:
+        train(load_policy(str(tiny_policy_dir)), tmp_path, config)
+    named = Path(str(it.value).partition("is kept in ")[2].rstrip(")"))
+    found = weights(named)
+    assert all(value.isfinite().all() for value in found.values())
+    begun = load_policy(str(tiny_policy_dir))
+    begun.model.load_state_dict(found)
+    assert _ipo_loss(begun, load_policy(str(tiny_policy_dir))) < 20 * 25  # divergence times the first loss
+    assert len(list((tmp_path / "work").glob("checkpoint-*"))) <= 3
+
+
+def _ipo_loss(policy: LoadedModel, reference: LoadedModel) -> float:
+    """Mean over `rows()`."""
+    pairs, _ = encode_pairs(rows(), policy.tokenizer, "chat", 128)
+    sums = [torch.tensor(reference_logps(one.model, pairs, 0, 4)) for one in (policy, reference)]
+    apart = (sums[0] - sums[1])[:, 0] - (sums[0] - sums[1])[:, 1]
+    return float((apart - 5).square().mean())
+
+
+class _Zero(OfflineTrainer):
+    """Its groups begin with no loss at all."""
+
+    def keep(self, split: str, figures: Figures) -> dict[str, float]:
+        for values in figures.values() if self.state.global_step == 1 else ():
+            values["loss"] = 0.0
+        return super().keep(split, figures)
+
+
+def test_a_first_loss_of_zero_loses_a_suggestion_but_not_the_training(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.alignment.offline.OfflineTrainer", _Zero)
+    report = train(load_policy(str(tiny_policy_dir)), tmp_path, replace(ROBUST, watch=Watch(divergence=0)))
+    assert report.suggested_step_size is None
+    assert (tmp_path / "model.safetensors").is_file()
+
+
 def weights_of_checkpoint(checkpoint: Path, policy: Path) -> dict[str, torch.Tensor]:
     """A checkpoint has no tokenizer of its own."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -140,7 +185,7 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = replace(DPO, watch=Watch(report_to="tensorboard", eval_steps=6), groups=GroupSettings("importance"))
+    config = replace(ROBUST, watch=Watch(report_to="tensorboard", eval_steps=6))
     places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
     report = train_offline(load_policy(str(tiny_policy_dir)), DATA, config, places)
     (file,) = (tmp_path / "logs").iterdir()
@@ -150,4 +195,12 @@ def test_tensorboard_gets_the_figures_of_every_step_and_group(tiny_policy_dir: P
     events.Reload()
     found = [event.value for event in events.Scalars("train/loss")]
     assert found == pytest.approx(report.curve("loss"))
-    assert {"train/groups/child/loss", "eval/worst_loss", "eval/clerk/loss"} <= set(events.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
+    for point in report.points:  # what the lake's table has, under the same names
+        place = f"groups/{point.group}/" if point.group else ""
+        assert f"{'train' if point.split == 'train' else 'eval'}/{place}{point.metric}" in tags
+    assert {f"train/groups/child/{metric}" for metric in ("weight", "rewards/accuracies", "rewards/margins")} <= tags
+    assert {f"eval/groups/clerk/{metric}" for metric in ("logps/chosen", "kl_per_token", "rewards/margins")} <= tags
+    assert {"eval/worst/loss", "eval/gap/rewards/accuracies", "train/worst/rewards/margins"} <= tags
+    found = [event.value for event in events.Scalars("train/groups/child/weight")]
+    assert found == pytest.approx(report.curve("weight", group="child"))
