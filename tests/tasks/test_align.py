@@ -1,6 +1,7 @@
 """On-policy training as a stage: published with its log, and mistakes in one line before anything is drawn."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -92,6 +93,28 @@ def test_what_cannot_work_is_said_before_anything_runs(
 
     with pytest.raises((ConfigError, RuntimeConfigError), match=message):
         online_config(_settings(config, **changes))
+
+
+def test_an_alarm_is_logged_when_it_is_raised_and_stays_in_the_figures(
+    config: PipelineConfig, lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answers get longer, which the rule calls wrong."""
+    settings = _settings(
+        config, truth="tests.tasks.test_align:is_short", steps=12, eval_steps=6, learning_rate=1e-2, prompts_per_step=6
+    )
+    with caplog.at_level(logging.INFO):
+        ref = _run(settings, lake)
+    told = [record.winnow for record in caplog.records if hasattr(record, "winnow")]
+    alarms = [one["alarm"] for one in told if one["event"] == "reward-alarm"]
+    assert any("while the truth fell from" in alarm for alarm in alarms)
+    warnings = lake.manifest(ref).stats["warnings"]
+    assert isinstance(warnings, list)
+    assert set(alarms) <= set(warnings)
+
+
+def is_short(row: object, response: str) -> float:
+    """A rule that the reward contradicts."""
+    return 1.0 / (1.0 + len(response))
 
 
 def test_cuts_are_refused_with_the_reason(config: PipelineConfig) -> None:
