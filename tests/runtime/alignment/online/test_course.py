@@ -22,7 +22,7 @@ from runtime.records import Prompt
 from runtime.rewards.verifier import FunctionReward
 from tests.runtime.alignment.online.test_loop import METHODS, PROMPTS, config, lower, train
 
-RUNAWAY: dict[str, Any] = {"kl_limit": 0.5, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+RUNAWAY: dict[str, Any] = {"kl_limit": 0.5, "learning_rate": 2e-4, "warmup_ratio": 0.0}
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
