@@ -201,6 +201,6 @@ def _group_rows(report: "OnlineReport") -> list[dict[str, Cell]]:
     rows: list[dict[str, Cell]] = []
     for group, values in report.held_out.items():
         for moment, figures in (("before", first.get(group, {})), ("after", values)):
-            shown = {metric: round(value, 4) for metric, value in figures.items() if metric != "pairs"}
+            shown = {metric: round(value, 4) for metric, value in figures.items() if "/" not in metric}
             rows.append({"group": group or "all", "": moment, **shown})
     return rows

@@ -9,7 +9,7 @@ from runtime.alignment.losses import Losses
 
 ALL = ""  # the name that stands for all groups together
 # Of these, the worst group is the one with the smallest value; of a loss the one with the largest.
-HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins")
+HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins", "truth", "reward")
 Figures = dict[str, dict[str, float]]
 
 
@@ -67,7 +67,7 @@ def known_means(values: Mapping[str, tuple[Tensor, Tensor]], groups: Sequence[st
 
 
 def extremes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """worst/METRIC and gap/METRIC (largest less smallest) over the groups, for loss, accuracy and margin."""
+    """worst/METRIC and gap/METRIC (largest less least) over the groups, of loss, accuracy, margin, truth, reward."""
     groups = [values for name, values in figures.items() if name != ALL]
     found: dict[str, float] = {}
     for metric in ("loss", *HIGHER_IS_BETTER):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runtime.alignment.figures import ALL, Figures, known_means
+from runtime.alignment.figures import ALL, Figures, extremes, known_means
 from runtime.alignment.online.experience import Gatherer
 from runtime.alignment.online.rollout import Rollout
 from runtime.alignment.online.surrogates import summed
@@ -42,7 +42,8 @@ class Evaluation:
     errors: Counter[str] = field(default_factory=Counter)
 
     def run(self, step: int) -> tuple[Figures, list[Shown]]:
-        """Per group: reward, truth (the share of right answers, pass@1), KL and reference's surprise, tokens."""
+        """Per group: reward, truth (the share of right answers, pass@1), KL and reference's surprise, tokens; worst
+        group and gap of the first two."""
         gatherer = self.gatherer
         rollout = gatherer.sampler.draw(gatherer.players.policy, self.prompts, self.samples, "evaluation")
         self.errors.update(rollout.errors)
@@ -55,6 +56,7 @@ class Evaluation:
             values = torch.tensor([truth or 0.0 for truth in truths], dtype=torch.float64)
             metrics["truth"] = values, torch.tensor([truth is not None for truth in truths]) & is_drawn.cpu()
         figures = known_means(metrics, rollout.groups)
+        figures[ALL] |= extremes(figures)
         self.history.append((step, figures[ALL]))
         return figures, self._shown(step, rollout, truths)
 

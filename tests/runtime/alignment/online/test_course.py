@@ -43,14 +43,17 @@ def test_the_checkpoint_kept_of_a_runaway_is_of_a_step_that_was_near_its_referen
     train(tmp_path / "good", tiny_policy_dir, replace(settings, steps=n_good))  # whose end passes the same check
     for name, weight in _weights(tmp_path / "good").items():
         assert torch.equal(found[f"weight.{name}"], weight)
-    calmer = replace(settings, steps=n_good + 2, learning_rate=1e-4)
+    calmer = replace(settings, steps=n_good + 2, learning_rate=1e-4, kl_limit=5.0)
     assert train(tmp_path / "lost", tiny_policy_dir, calmer).steps == n_good + 2
 
 
 @pytest.mark.parametrize("eval_steps", [0, 1])
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"learning_rate": 1e30}, "lower learning_rate"), ({"kl_limit": 1e-3}, "after 1 steps, above kl_limit = 0.001")],
+    [
+        ({"learning_rate": 1e30}, "lower learning_rate"),
+        ({"kl_limit": 1e-3, "learning_rate": 1e-2}, "after 1 steps, above kl_limit = 0.001"),
+    ],
 )
 def test_the_last_update_is_checked_before_anything_is_published(
     changes: dict[str, float], message: str, eval_steps: int, tiny_policy_dir: Path, tmp_path: Path
@@ -110,6 +113,9 @@ def test_figures_are_means_of_the_answers_that_were_scored(tiny_policy_dir: Path
             assert all(5.0 <= value <= 6.0 for value in report.curve("reward", split, group))
     assert report.held_out_unscored == {"test failed: RuntimeError: no mood": 16}
     assert report.unscored == {"test failed: RuntimeError: no mood": 24}
+    ends = [report.held_out[group]["reward"] for group in ("a", "b")]
+    assert report.held_out[""]["worst/reward"] == min(ends)
+    assert report.held_out[""]["gap/reward"] == max(ends) - min(ends)
 
 
 def test_below_both_is_a_share_of_the_answers_that_count(tiny_policy_dir: Path, tmp_path: Path) -> None:
