@@ -57,6 +57,7 @@ def _drawn(key: str, title: str, found: Curves, names: Mapping[str, str]) -> Pic
     """One facet per metric, one line per group."""
     sizes = {group: math.inf if group == ALL else len(c) for curves in found.values() for group, c in curves.items()}
     shown, note = largest_groups(sizes)
+    shown.sort(key=lambda group: group != ALL)
     metrics = [metric for metric in names if metric in found]
     said = []
     with settings():
