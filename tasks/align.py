@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -14,10 +14,11 @@ from storage.lake import DatasetRef, Lake
 from storage.scratch import scratch
 from storage.writer import Shard
 from tasks.align_trl import check_trl, train_by_trl
-from tasks.artifacts import Cell, progress, show_stage
+from tasks.artifacts import Cell, progress, show_stage, show_table
 from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
 from tasks.evaluate import truth_rule
+from tasks.logs import log_event
 from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import prompts_of, training_table
@@ -26,10 +27,12 @@ from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.online.loop import Task
-    from runtime.alignment.online.training import OnlineConfig, OnlineReport
+    from runtime.alignment.online.training import Look, OnlineConfig, OnlineReport
     from runtime.decoding.s3d.rounds import S3DDecoding
+    from runtime.records import Prompt
 
 SHOWN_FILE = "answers.jsonl"
+SHOWN_CHARACTERS = 4000  # of a prompt or an answer in the table; the file has all
 METHOD_FIELDS = (
     "samples",
     "kl_coef",
@@ -134,7 +137,31 @@ def _task(step: Step, config: AlignConfig, lake: Lake) -> "Task":
     if config.eval_steps and not held_out:
         raise ConfigError(f"eval_steps = {config.eval_steps}: {source} has no held-out prompt; set 0 or hold some out")
     rule = cast("Callable[..., float] | None", truth_rule(config.truth))
-    return Task(prompts, open_reward(config, lake), held_out, rule)
+    on_look = _telling(lake.ref(step.kind, step.name, step.version), held_out)
+    return Task(prompts, open_reward(config, lake), held_out, rule, on_look)
+
+
+def _telling(ref: DatasetRef, held_out: "Sequence[Prompt]") -> "Callable[[Look], None]":
+    """Shows answers and logs alarms while the training goes on."""
+    asked = {prompt.prompt_id: prompt.messages[-1].content for prompt in held_out}
+
+    def tell(look: "Look") -> None:
+        rows: list[dict[str, Cell]] = [
+            {
+                "step": one.step,
+                "group": one.group,
+                "prompt": asked[one.prompt_id][:SHOWN_CHARACTERS],
+                "answer": one.response[:SHOWN_CHARACTERS],
+                "reward": one.reward,
+                "truth": one.truth,
+            }
+            for one in look.shown
+        ]
+        show_table(ref, "answers", rows)
+        for alarm in look.alarms:
+            log_event("reward-alarm", version=str(ref), step=look.step, alarm=alarm.warning)
+
+    return tell
 
 
 def _write_shown(report: "OnlineReport", folder: Path) -> None:
@@ -152,6 +179,8 @@ def _stats(config: AlignConfig, report: "OnlineReport") -> dict[str, JsonValue]:
         "truncated": report.truncated,
         "unscored": dict(report.unscored),
     }
+    if report.held_out_unscored:
+        stats["held_out_unscored"] = dict(report.held_out_unscored)
     if report.held_out:
         stats["held_out"] = {group or "all": _rounded(values) for group, values in report.held_out.items()}
     if report.warnings:
@@ -172,6 +201,6 @@ def _group_rows(report: "OnlineReport") -> list[dict[str, Cell]]:
     rows: list[dict[str, Cell]] = []
     for group, values in report.held_out.items():
         for moment, figures in (("before", first.get(group, {})), ("after", values)):
-            shown = {metric: round(value, 4) for metric, value in figures.items() if metric != "pairs"}
+            shown = {metric: round(value, 4) for metric, value in figures.items() if "/" not in metric}
             rows.append({"group": group or "all", "": moment, **shown})
     return rows

@@ -1,5 +1,6 @@
 """The same training by TRL's GRPOTrainer, for machines on which its engine is the faster one. Needs the extra `trl`."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from runtime.records import Progress, Prompt
 
 LOSSES = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
-# What TRL has no counterpart for, at the values that say so.
+# What TRL has no counterpart for, at the values that say so, or at the defaults where those do not touch the result.
 OURS_ALONE: dict[str, object] = {
     "skip_equal": False,
     "reducer": "mean",
@@ -24,6 +25,7 @@ OURS_ALONE: dict[str, object] = {
     "eval_steps": 0,
     "eos_penalty": 0.0,
 }
+UNHEARD = ("save_steps", "kl_limit", "max_rows", "rows")
 CURVES = {"reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "tokens"} | {
     name: name for name in ("loss", "grad_norm", "learning_rate")
 }
@@ -38,6 +40,9 @@ def check_trl(config: AlignConfig) -> None:
     for name, needed in OURS_ALONE.items():
         if getattr(config, name) != needed:
             raise ConfigError(f'{name} = {getattr(config, name)} is not known to backend = "trl"; set {needed}')
+    for name in UNHEARD:
+        if getattr(config, name) != AlignConfig.model_fields[name].default:
+            raise ConfigError(f'{name} = {getattr(config, name)} does nothing in backend = "trl"; leave it out')
 
 
 def train_by_trl(
@@ -50,11 +55,13 @@ def train_by_trl(
         raise ConfigError('backend = "trl" needs TRL; run: pip install "winnow[trl]"') from error
     from datasets import Dataset
 
+    from runtime.alignment.online.training import OnlineReport
     from runtime.models import quiet
 
+    report, unscored = OnlineReport(steps=config.steps), Counter[str]()
     trainer = GRPOTrainer(
         model=loaded.model,
-        reward_funcs=_rewards(task),
+        reward_funcs=_rewards(task, report, unscored),
         args=_arguments(loaded, config, places),
         train_dataset=Dataset.from_list([_row(prompt, config.drawing.prompt_format) for prompt in task.prompts]),
         processing_class=loaded.tokenizer,
@@ -64,7 +71,9 @@ def train_by_trl(
     with quiet():
         loaded.model.save_pretrained(places.output)
         loaded.tokenizer.save_pretrained(places.output)
-    return _report(trainer.state.log_history, config)
+    report.unscored = dict(unscored)
+    _note(trainer.state.log_history, report)
+    return report
 
 
 def _row(prompt: "Prompt", prompt_format: str) -> dict[str, object]:
@@ -72,12 +81,16 @@ def _row(prompt: "Prompt", prompt_format: str) -> dict[str, object]:
     return {"prompt": messages if prompt_format == "chat" else messages[0]["content"], "prompt_id": prompt.prompt_id}
 
 
-def _rewards(task: "Task") -> Callable[..., list[float | None]]:
+def _rewards(task: "Task", report: "OnlineReport", unscored: Counter[str]) -> Callable[..., list[float | None]]:
+    """The reward as TRL calls it; it counts what it is asked. An answer without one teaches nothing there either."""
     asked = {prompt.prompt_id: prompt for prompt in task.prompts}
 
     def rewards(completions: Sequence[Any], prompt_id: Sequence[str], **_: object) -> list[float | None]:
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in completions]
-        return [score.value for score in task.reward.score([asked[name] for name in prompt_id], texts)]
+        scores = task.reward.score([asked[name] for name in prompt_id], texts)
+        report.n_answers += len(scores)
+        unscored.update(score.error for score in scores if score.error)
+        return [score.value for score in scores]
 
     return rewards
 
@@ -97,6 +110,7 @@ def _arguments(loaded: "LoadedModel", config: "OnlineConfig", places: "Places") 
         temperature=drawing.temperature,
         max_completion_length=drawing.max_new_tokens,
         beta=method.kl_weight,
+        use_bias_correction_kl=False,  # on by default; it multiplies k3 by the ratio
         epsilon=method.clip_low,
         epsilon_high=method.clip_high,
         loss_type=LOSSES[method.aggregation],
@@ -127,15 +141,12 @@ def _telling(on_progress: "Progress") -> Any:
     return Telling()
 
 
-def _report(history: Sequence[dict[str, float]], config: "OnlineConfig") -> "OnlineReport":
-    from runtime.alignment.online.training import OnlineReport
+def _note(history: Sequence[dict[str, float]], report: "OnlineReport") -> None:
+    """Its log under our names."""
     from runtime.alignment.report import Point
 
-    report = OnlineReport(steps=config.steps)
-    report.n_answers = config.steps * config.prompts_per_step * config.method.n_samples
     for line in history:
         known = ((ours, line[theirs]) for theirs, ours in CURVES.items() if theirs in line)
         report.points += [Point(int(line["step"]), "train", None, ours, float(value)) for ours, value in known]
     lengths = report.curve("tokens")
-    report.n_tokens = round(sum(lengths) * config.prompts_per_step * config.method.n_samples)
-    return report
+    report.n_tokens = round(sum(lengths) / max(len(lengths), 1) * report.n_answers)

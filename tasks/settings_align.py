@@ -1,4 +1,4 @@
-"""Parameters of `winnow align`: on-policy training. docs/alignment.md explains the methods and their constants."""
+"""Parameters of `winnow align`: on-policy training. docs/online.md explains the methods and their constants."""
 
 from typing import Literal, Self
 

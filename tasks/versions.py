@@ -21,7 +21,7 @@ STAGE_VERSIONS = {
     "generate": 2,
     "calibrate": 2,
     "adapt": 1,
-    "align": 1,
+    "align": 2,
     "score": 1,
     "assemble": 2,
     "finetune": 2,

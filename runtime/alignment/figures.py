@@ -9,7 +9,7 @@ from runtime.alignment.losses import Losses
 
 ALL = ""  # the name that stands for all groups together
 # Of these, the worst group is the one with the smallest value; of a loss the one with the largest.
-HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins")
+HIGHER_IS_BETTER = ("rewards/accuracies", "rewards/margins", "truth", "reward")
 Figures = dict[str, dict[str, float]]
 
 
@@ -50,8 +50,24 @@ class GroupSums:
         return {"pairs": int(row[0]), **dict(zip(self.metrics, values, strict=True))}
 
 
+def known_means(values: Mapping[str, tuple[Tensor, Tensor]], groups: Sequence[str]) -> Figures:
+    """Means over all samples (ALL) and per group of metrics that are not known of every sample.
+
+    values: per metric (samples,), and whether it is known (samples,); a group of which it never is has no mean.
+    """
+    found: Figures = {ALL: {}}
+    members = {ALL: torch.ones(len(groups), dtype=torch.bool)}
+    members |= {name: torch.tensor([group == name for group in groups]) for name in sorted(set(groups))}
+    for metric, (on_device, is_known) in values.items():
+        numbers, counted = on_device.detach().cpu().double(), is_known.cpu()
+        for name, is_member in members.items():
+            if bool((counted & is_member).any()):
+                found.setdefault(name, {})[metric] = float(numbers[counted & is_member].mean())
+    return found
+
+
 def extremes(figures: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """worst/METRIC and gap/METRIC (largest less smallest) over the groups, for loss, accuracy and margin."""
+    """worst/METRIC and gap/METRIC (largest less least) over the groups, of loss, accuracy, margin, truth, reward."""
     groups = [values for name, values in figures.items() if name != ALL]
     found: dict[str, float] = {}
     for metric in ("loss", *HIGHER_IS_BETTER):

@@ -9,7 +9,7 @@ from storage.lake import DatasetRef, Lake
 from storage.report import plots, queries
 from storage.report.comparison import comparison
 from storage.report.edge import edge
-from storage.report.group_curves import group_curves
+from storage.report.group_curves import answer_curves, group_curves
 from storage.report.plots import Picture
 from storage.report.style import need_matplotlib
 from storage.report.tables import open_tables, subject
@@ -64,8 +64,11 @@ def before_after(connection: Connection) -> Picture | None:
 
 
 def training(connection: Connection) -> list[Picture]:
-    """Curves of a training: of all pairs first, then of the groups."""
+    """Curves of a training: of all pairs first, then of the groups; of an on-policy one those of its answers first."""
     curves = plots.curves(queries.training_curves(connection))
+    answers = answer_curves(connection)
+    if answers:
+        return [answers, *curves]
     groups = group_curves(connection)
     return [*curves[:1], *([groups] if groups else []), *curves[1:]]
 
@@ -77,6 +80,7 @@ _OF_STAGE: dict[str, tuple[Callable[[Connection], Picture | list[Picture] | None
     "score": (scores, "candidates"),
     "assemble": (margins, "preferences"),
     "finetune": (training, "training"),
+    "align": (training, "training"),
     "evaluate": (before_after, "metrics"),
     "compare": (comparison, "comparison"),
     "export": (edge, "edge"),

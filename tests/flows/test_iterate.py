@@ -1,6 +1,8 @@
 """Rounds of the chain, and on-policy training, as flows under Prefect."""
 
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,8 @@ def test_on_policy_training_shows_its_progress_and_its_figures(
     progress = [one.data for one in artifacts if one.type == "progress"]
     assert progress == [100.0]
     assert {"models-online-summary", "models-online-table"} <= {one.key for one in artifacts}
+    tables = [json.loads(str(one.data)) for one in artifacts if one.key == "models-online-answers"]
+    assert sorted(rows[0]["step"] for rows in tables) == [0, 1, 2]
+    assert all(set(row) == {"step", "group", "prompt", "answer", "reward", "truth"} for rows in tables for row in rows)
+    images = [one.key for one in artifacts if one.type == "image"]
+    assert ("models-online-answer-curves" in images) == (find_spec("matplotlib") is not None)

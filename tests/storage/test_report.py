@@ -360,3 +360,24 @@ def test_groups_have_curves_of_held_out_pairs_where_there_were_looks(tmp_path: P
     alone = [row for row in rows if row["group"] == "a"]
     ref = _publish(lake, ("models", "finetune", "c" * 12), {("training", "train"): alone})
     assert "group-curves" not in [one.key for one in stage_pictures(lake, ref)]
+
+
+def test_an_on_policy_training_shows_truth_reward_and_divergence_over_its_looks(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path))
+    log = [training(step, name, 0.1 * step) for step in (1, 2, 3) for name in ("loss", "reward", "kl")]
+    looks = [
+        training(step, name, value + step, group, True)
+        for step in (0, 3)
+        for group in (None, "a")
+        for name, value in (("truth", 0.25), ("reward", 1.0), ("kl", 0.5), ("tokens", 9.0))
+    ]
+    seen = _publish(lake, ("models", "align", "a" * 12), {("training", "train"): [*log, *looks]})
+    first, *others = stage_pictures(lake, seen)
+    assert (first.key, [one.key for one in others]) == ("answer-curves", ["training-0"])
+    assert first.title == "Answers in training: truth, reward, KL"
+    assert "truth of all: 0.25 to 3.25; truth of a: 0.25 to 3.25; reward of all: 1 to 4" in first.alt
+    assert _report(lake, str(seen)).pictures == ["answer-curves", "training-0"]
+    unseen = _publish(lake, ("models", "align", "b" * 12), {("training", "train"): log})
+    picture = main_picture(lake, unseen)
+    assert picture is not None
+    assert "reward of all: 0.1 to 0.3; KL of all: 0.1 to 0.3" in picture.alt

@@ -1,6 +1,7 @@
 """On-policy training as a stage: published with its log, and mistakes in one line before anything is drawn."""
 
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -92,6 +93,33 @@ def test_what_cannot_work_is_said_before_anything_runs(
 
     with pytest.raises((ConfigError, RuntimeConfigError), match=message):
         online_config(_settings(config, **changes))
+
+
+def test_an_alarm_is_logged_when_it_is_raised_and_stays_in_the_figures(
+    config: PipelineConfig, lake: Lake, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The policy learns to write small letters, which the rule calls wrong."""
+    several = {"samples": 8, "prompts_per_step": 6, "steps": 16, "eval_steps": 8, "learning_rate": 1e-2}
+    rules = {"reward_function": "tests.tasks.test_align:small_letters", "truth": "tests.tasks.test_align:other_letters"}
+    settings = _settings(config, **several, **rules)
+    with caplog.at_level(logging.INFO):
+        ref = _run(settings, lake)
+    told = [record.winnow for record in caplog.records if hasattr(record, "winnow")]
+    alarms = [one["alarm"] for one in told if one["event"] == "reward-alarm"]
+    assert any("while the truth fell from" in alarm for alarm in alarms)
+    warnings = lake.manifest(ref).stats["warnings"]
+    assert isinstance(warnings, list)
+    assert set(alarms) <= set(warnings)
+
+
+def small_letters(prompt: object, response: str) -> float:
+    """The share of an answer's characters."""
+    return sum(one.islower() for one in response) / max(len(response), 1)
+
+
+def other_letters(prompt: object, response: str) -> float:
+    """A rule that the reward contradicts."""
+    return 1.0 - small_letters(prompt, response)
 
 
 def test_cuts_are_refused_with_the_reason(config: PipelineConfig) -> None:

@@ -1,13 +1,19 @@
 """TRL's trainer behind the same configuration: what it cannot do is said, and what it trains is published alike."""
 
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
 
+from runtime.alignment.online.loop import Task
+from runtime.alignment.online.training import OnlineReport
 from runtime.models import load_policy
+from runtime.records import Message, Prompt
+from runtime.rewards.verifier import FunctionReward
 from storage.lake import Lake
 from tasks import align
-from tasks.align_trl import check_trl
+from tasks.align_trl import _rewards, check_trl
 from tasks.errors import ConfigError
 from tasks.settings import AlignConfig, PipelineConfig
 from tests.tasks.test_align import _run, _settings, lake
@@ -24,11 +30,30 @@ NEEDS_TRL = "needs TRL: pip install -c infra/constraints.txt 'trl==1.16.0'"
         ({"reducer": "robust"}, 'reducer = robust is not known to backend = "trl"; set mean'),
         ({"eval_steps": 5}, 'eval_steps = 5 is not known to backend = "trl"; set 0'),
         ({"s3d": "auto"}, "s3d = auto is not known"),
+        ({"save_steps": 5}, 'save_steps = 5 does nothing in backend = "trl"; leave it out'),
+        ({"kl_limit": 5}, "kl_limit = 5.0 does nothing"),
+        ({"rows": 5}, "rows = 5 does nothing"),
+        ({"max_rows": 50}, "max_rows = 50 does nothing"),
     ],
 )
 def test_what_the_backend_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_trl(AlignConfig.model_validate({"backend": "trl", **changes}))
+
+
+def test_the_defaults_are_not_refused() -> None:
+    check_trl(AlignConfig(backend="trl"))
+
+
+def test_answers_are_counted_as_they_are_scored() -> None:
+    def moody(prompt: Prompt, response: str) -> float:
+        return 1.0 if response == "a" else math.nan
+
+    prompts = [Prompt("p", (Message("user", "?"),), "a")]
+    report, unscored = OnlineReport(), Counter[str]()
+    rewards = _rewards(Task(prompts, FunctionReward(moody, "test")), report, unscored)
+    assert rewards(["a", [{"role": "assistant", "content": "b"}]], ["p", "p"], other=1) == [1.0, None]
+    assert (report.n_answers, unscored) == (2, {"reward is nan, not a finite number": 1})
 
 
 def test_without_trl_the_fix_is_named(config: PipelineConfig, lake: Lake) -> None:

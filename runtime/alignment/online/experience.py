@@ -43,6 +43,17 @@ class Experience:
         """The k1 estimate of each token, log policy - log reference."""
         return self.old.logps - self.reference
 
+    def metrics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each answer, (rows,), and whether it is known: a reward of those scored, the others of those drawn."""
+        n_tokens = self.mask.sum(dim=1)
+        is_drawn = n_tokens > 0
+        return {
+            "reward": (self.rollout.rewards, self.rollout.is_scored),
+            "kl": (summed(self.kl, self.mask), is_drawn),
+            "entropy": (summed(self.old.entropy, self.mask) / n_tokens.clamp(min=1), is_drawn),
+            "tokens": (n_tokens.float(), is_drawn),
+        }
+
 
 class Gatherer:
     """Draws the answers of a step and judges them."""
@@ -78,7 +89,7 @@ class Gatherer:
         rewards, is_scored = rollout.by_prompt(rollout.rewards), rollout.by_prompt(rollout.is_scored)
         found.advantages = worth.group_advantages(rewards, is_scored, settings.scale_rewards).flatten()
         differs = worth.has_spread(rewards, is_scored)
-        found.notes["equal_rewards"] = float((~differs).float().mean())
+        found.notes["equal_rewards"] = _share(~differs, is_scored.any(dim=1))
         if settings.skip_equal:
             found.is_usable &= differs.repeat_interleave(rollout.n_samples)
 
@@ -113,9 +124,9 @@ class Gatherer:
         found.anchor = summed(self._under(anchor, rollout.batch).logps, found.mask)
         scores, is_scored = pairs.by_prompt(pairs.rewards), pairs.by_prompt(pairs.is_scored)
         found.is_usable &= is_scored.all(dim=1)
-        found.best = rows_of(pairs.batch, _best_rows(scores))
+        found.best = rows_of(pairs.batch, _best_rows(scores, 2))
         rewards = worth.jbond_rewards(rollout.rewards, scores)
-        found.notes["below_both"] = float((rewards < 0).float().mean())
+        found.notes["below_both"] = _share(rewards < 0, found.is_usable)
         policy = summed(found.old.logps, found.mask)
         returns = torch.where(found.is_usable, rewards - (policy - found.anchor), torch.zeros_like(policy))
         n_usable = int(found.is_usable.sum())
@@ -129,10 +140,9 @@ class Gatherer:
         scores, is_scored = drawn.by_prompt(drawn.rewards), drawn.by_prompt(drawn.is_scored)
         n = rollout.n_samples
         found.is_usable &= is_scored.all(dim=1).repeat_interleave(n)
-        first = scores[:, : settings.bond_n]
-        found.best = rows_of(drawn.batch, first.argmax(dim=1) + torch.arange(len(first)) * settings.bond_samples)
+        found.best = rows_of(drawn.batch, _best_rows(scores, settings.bond_n))
         quantiles = worth.quantile_rewards(rollout.rewards, scores.repeat_interleave(n, dim=0))
-        found.notes["quantile"] = float(quantiles.exp().mean())
+        found.notes["quantile"] = _share(quantiles.exp(), found.is_usable)
         returns = quantiles - summed(found.kl, found.mask) / (settings.bond_n - 1)
         is_usable = rollout.by_prompt(found.is_usable)
         found.advantages = worth.leave_one_out(rollout.by_prompt(returns), is_usable).flatten()
@@ -167,7 +177,11 @@ class Gatherer:
         return self.sampler.drawing.temperature
 
 
-def _best_rows(scores: Tensor) -> Tensor:
-    """Row of the best answer to each prompt, of scores (prompts, samples)."""
+def _best_rows(scores: Tensor, n: int) -> Tensor:
+    """Row of the best of the first n answers to each prompt, of scores (prompts, samples)."""
     n_prompts, n_samples = scores.shape
-    return scores.argmax(dim=1) + torch.arange(n_prompts, device=scores.device) * n_samples
+    return scores[:, :n].argmax(dim=1) + torch.arange(n_prompts, device=scores.device) * n_samples
+
+
+def _share(values: Tensor, where: Tensor) -> float:
+    return float(values[where].float().mean()) if bool(where.any()) else 0.0

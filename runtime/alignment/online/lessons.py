@@ -30,7 +30,7 @@ class Lesson:
 
 
 def lesson_losses(lesson: Lesson, players: Players, settings: OnlineSettings, temperature: float) -> Losses:
-    """Per answer, with metrics; answers that do not count have loss 0."""
+    """Per answer, with the share of its tokens that the clip holds; answers that do not count have loss 0."""
     found, rows = lesson.experience, lesson.rows
     batch = rows_of(found.rollout.batch, rows)
     now = token_logps(players.model, batch, temperature, players.value_head)
@@ -38,16 +38,8 @@ def lesson_losses(lesson: Lesson, players: Players, settings: OnlineSettings, te
         per_sample, clipped = _toward_best(lesson, players, settings, now, temperature), torch.zeros(len(rows))
     else:
         per_sample, clipped = _by_advantage(lesson, settings, now)
-    mask = batch.is_answer[:, 1:]
-    n_tokens = mask.sum(dim=1).clamp(min=1)
-    metrics = {
-        "reward": found.rollout.rewards[rows],
-        "kl": surrogates.summed(found.kl, found.mask)[rows],
-        "entropy": surrogates.summed(now.entropy, mask).detach() / n_tokens,
-        "tokens": n_tokens.float(),
-        "clipped": clipped.to(n_tokens.device),
-    }
-    return Losses(torch.where(found.is_usable[rows], per_sample, torch.zeros_like(per_sample)), metrics)
+    counted = torch.where(found.is_usable[rows], per_sample, torch.zeros_like(per_sample))
+    return Losses(counted, {"clipped": clipped.to(counted.device)})
 
 
 def _by_advantage(lesson: Lesson, settings: OnlineSettings, now: TokenLogps) -> tuple[Tensor, Tensor]:

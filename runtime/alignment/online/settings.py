@@ -32,11 +32,11 @@ MANY = ("grpo", "rloo", "bond")  # compare the answers to one prompt
 
 @dataclass(frozen=True, slots=True)
 class OnlineSettings:
-    """A method and its constants; see docs/alignment.md. ConfigError for those that cannot work.
+    """A method and its constants; see docs/online.md. ConfigError for those that cannot work.
 
     samples: answers per prompt. kl_coef: of the pull to the reference, per token in the reward (ppo, remax, rloo) or
     as k3 in the loss (grpo); kl_target: the KL per answer that kl_coef is steered to. epochs, minibatches: passes over
-    an answer, and updates per pass. group_weights: group-robust weights, moved by the groups' mean rewards.
+    an answer, and updates per pass. group_weights: group-robust weights, moved by the groups' regret.
     """
 
     method: OnlineMethod = "grpo"

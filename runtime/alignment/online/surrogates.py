@@ -80,9 +80,3 @@ def jbond_losses(
     backward = -advantages.detach() * policy
     regulariser = (policy - anchor).detach() * policy
     return (1 - beta) * forward + beta * backward + gamma * regulariser
-
-
-def others_mean(returns: Tensor) -> Tensor:
-    """The mean return of the other rows of a batch, the baseline of J-BOND; (rows,)."""
-    n = len(returns)
-    return (returns.sum() - returns) / max(n - 1, 1)

@@ -1,7 +1,7 @@
 """What an on-policy training is told beside its method, and what it leaves behind beside its weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from runtime.alignment.config import LoraSettings
@@ -65,15 +65,26 @@ class Shown:
     truth: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """An evaluation as it is told of while the training goes on; alarms: those that it raises."""
+
+    step: int
+    shown: Sequence[Shown]
+    alarms: Sequence[Warned]
+
+
 @dataclass(slots=True)
 class OnlineReport:
-    """What happened. unscored: reason -> answers without a reward; truncated: answers that did not end."""
+    """What happened. truncated: answers that did not end. unscored: reason -> answers without a reward;
+    held_out_unscored: reason -> held-out answers without one or without a truth, over all evaluations."""
 
     steps: int = 0
     n_answers: int = 0
     n_tokens: int = 0
     truncated: int = 0
     unscored: Mapping[str, int] = field(default_factory=dict)
+    held_out_unscored: Mapping[str, int] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)

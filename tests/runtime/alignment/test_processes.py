@@ -89,7 +89,7 @@ def test_losses_and_gradients_of_a_sharded_model_are_those_of_the_whole_one(
 
 @pytest.mark.slow
 def test_two_processes_draw_and_learn_as_one(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    methods = ("grpo", "ppo", "remax", "jbond", "bond")
+    methods = ("grpo", "grpo uneven", "ppo", "remax", "jbond", "bond")
     _run(1, "aligned", str(tiny_policy_dir), str(tmp_path / "one"), *methods)
     _run(2, "aligned", str(tiny_policy_dir), str(tmp_path / "two"), *methods)
     for method in methods:

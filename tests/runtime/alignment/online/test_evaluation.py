@@ -30,9 +30,17 @@ def test_a_reward_that_rises_while_the_truth_falls_is_named() -> None:
 def test_without_a_truth_odd_answers_are_named() -> None:
     found = _alarms([_at(0, 1.0), _at(10, 2.0, surprise=1.6)])
     assert found == [
-        "from step 0 to 10 the reward rose from 1 to 2 and the reference's surprise rose by 0.6 nats per token: the "
-        "policy may exploit the reward"
+        "from step 0 to 10 the reward rose from 1 to 2 while the reference's surprise rose from 1 to 1.6 nats per "
+        "token: the policy may exploit the reward"
     ]
+
+
+def test_with_a_truth_odd_answers_are_named_too() -> None:
+    odd = [_at(0, 1.0, 0.4), _at(10, 2.0, 0.6, surprise=1.6)]
+    assert ["surprise rose" in one for one in _alarms(odd)] == [True]
+    both = _alarms([*odd, _at(20, 3.0, 0.3, surprise=1.7)])
+    assert [("from step 10" in one, "truth fell" in one) for one in both] == [(True, True), (False, False)]
+    assert _alarms([*odd, (20, {"surprise": 3.0})]) == []  # nothing was scored
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,6 @@ def test_without_a_truth_odd_answers_are_named() -> None:
         [_at(0, 1.0, 0.4), _at(10, 0.5, 0.2)],  # both fall
         [_at(0, 1.0, 0.4), _at(10, 2.0, 0.38)],  # within the noise
         [_at(0, 1.0), _at(10, 2.0, surprise=1.2)],
-        [_at(0, 1.0, 0.4), _at(10, 2.0, 0.6, surprise=9.0)],  # the truth says that odd is right
     ],
 )
 def test_other_courses_raise_no_alarm(history: History) -> None:

@@ -16,7 +16,6 @@ from runtime.alignment.online.loop import Task, train_online
 from runtime.alignment.online.rollout import Drawing, PromptOrder
 from runtime.alignment.online.settings import OnlineSettings
 from runtime.alignment.online.training import OnlineConfig, OnlineReport
-from runtime.alignment.trainer import DivergedError
 from runtime.errors import ConfigError, InputError, ModelError
 from runtime.models import load_policy
 from runtime.records import Message, Prompt
@@ -94,7 +93,7 @@ def test_a_training_stopped_anywhere_goes_on_to_the_same_bits(
 ) -> None:
     settings = config(method, steps=4, save_steps=1, eval_steps=2, lora=lora)
     whole = train(tmp_path / "whole", tiny_policy_dir, settings)
-    for stop in (1, 3):
+    for stop in (2, 3):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", tiny_policy_dir, settings, stop=stop)
     parts = train(tmp_path / "parts", tiny_policy_dir, settings)
@@ -154,23 +153,10 @@ def _never(prompt: Prompt, response: str) -> float:
     raise RuntimeError("never")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"), [({"kl_limit": 0.5}, "nats per answer"), ({"learning_rate": 1e30}, "lower learning_rate")]
-)
-def test_a_policy_that_runs_away_is_stopped_and_the_last_good_one_kept(
-    changes: dict[str, float], message: str, tiny_policy_dir: Path, tmp_path: Path
-) -> None:
-    settings = config(steps=30, save_steps=1, warmup_ratio=0.0, **({"learning_rate": 5e-2} | changes))
-    with pytest.raises(DivergedError, match=message) as caught:
-        train(tmp_path, tiny_policy_dir, settings)
-    assert "the last good checkpoint is kept in" in str(caught.value)
-    assert not (tmp_path / "model.safetensors").exists()
-
-
 def test_a_checkpoint_of_another_training_is_refused(tiny_policy_dir: Path, tmp_path: Path) -> None:
     settings = config("ppo", steps=2, save_steps=1)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, tiny_policy_dir, settings, stop=1)
+        train(tmp_path, tiny_policy_dir, settings, stop=2)
     with pytest.raises(ModelError, match=r"value_head.* is \(.*\), but this training has not there"):
         train(tmp_path, tiny_policy_dir, config("grpo", steps=2))
 
