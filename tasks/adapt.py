@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from runtime.models import LoadedModel
 
 FOLDER = "s3d"  # of the adapter in its version
+# Sampling that training does not know, by what turns it off.
+NOT_LEARNT: Mapping[str, JsonValue] = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "server_extra": []}
 HELD_OUT = 10  # the answers to one prompt in so many are measured on, not trained on
 
 
@@ -41,7 +43,7 @@ def prepare(config: AdaptConfig, lake: Lake) -> Step:
                 f'{pinned} was drawn from {drawn.inputs.get("model", "")[:60]}, not from model = "{config.model}" '
                 f"({identity[:60]}); S3D learns from the policy's own answers"
             )
-        changes: dict[str, object] = {"candidates": pinned, "temperature": _temperature(drawn)}
+        changes: dict[str, object] = {"candidates": pinned, **_drawing(drawn)}
         inputs = {"candidates": pinned}
     else:
         inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
@@ -129,6 +131,12 @@ def _samples(step: Step, lake: Lake, policy: "LoadedModel") -> "tuple[list[Sampl
         candidates = _draw(step, prompts, policy)
     ids = list(dict.fromkeys(candidates["prompt_id"].to_pylist()))[: config.max_prompts]
     measured = {one for one in ids if _is_measured(one)} or set(ids[:1])
+    if len(ids) < 2:
+        raise ConfigError(
+            f"there are answers to {len(ids)} prompts; S3D trains on some and measures on others, give two or more"
+        )
+    if len(measured) == len(ids):
+        measured.remove(ids[0])
     parts = []
     for chosen in (set(ids) - measured, measured):
         rows = candidates.filter(pa.compute.is_in(candidates["prompt_id"], pa.array(sorted(chosen), pa.string())))
@@ -165,13 +173,21 @@ def _drawn_by(lake: Lake, candidates: str) -> Manifest:
     return manifest
 
 
-def _temperature(drawn: Manifest) -> float:
-    """At which candidates were drawn; greedy ones say nothing about the odds of other tokens."""
+def _drawing(drawn: Manifest) -> dict[str, object]:
+    """Temperature and prompt format of candidates; greedy ones say nothing about the odds of other tokens, and those
+    of a law that training does not know would teach a wrong one."""
     config = cast(Mapping[str, JsonValue], drawn.config.get("generate") or drawn.config)
     temperature = config.get("temperature")
     if not isinstance(temperature, int | float) or temperature <= 0:
         raise ConfigError(f"{drawn.label} was drawn at temperature = {temperature}; S3D needs sampled answers")
-    return float(temperature)
+    for name, off in NOT_LEARNT.items():
+        value = config.get(name, off)
+        if value != off:
+            raise ConfigError(
+                f"{drawn.label} was drawn with {name} = {value}; S3D learns from answers of temperature alone, "
+                f"draw some with {name} = {off}"
+            )
+    return {"temperature": float(temperature), "prompt_format": config.get("prompt_format", "chat")}
 
 
 def _training(config: AdaptConfig, n_first: int, n_last: int) -> "S3DTraining":
