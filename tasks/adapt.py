@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,7 @@ from pydantic import JsonValue
 from storage.lake import DatasetRef, Lake
 from storage.manifest import Manifest
 from tasks.artifacts import Cell, progress, show_stage
+from tasks.drafting import timed_prompt
 from tasks.errors import ConfigError
 from tasks.generate import drawn, heldin_prompts
 from tasks.models import model_identity, model_path, use_threads
@@ -21,12 +23,16 @@ from tasks.settings import STARTER, AdaptConfig
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
-    from runtime.alignment.s3d_acceptance import Acceptance
     from runtime.alignment.s3d_training import S3DTraining, Sample
     from runtime.decoding.s3d.adapter import S3DAdapter
+    from runtime.decoding.s3d.rounds import Clock
     from runtime.models import LoadedModel
 
 FOLDER = "s3d"  # of the adapter in its version
+TIMED_ROWS = (1, 8)
+Figures = dict[str, float | str]
+# Sampling that training does not know, by what turns it off.
+NOT_LEARNT: Mapping[str, JsonValue] = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "server_extra": []}
 HELD_OUT = 10  # the answers to one prompt in so many are measured on, not trained on
 
 
@@ -41,7 +47,7 @@ def prepare(config: AdaptConfig, lake: Lake) -> Step:
                 f'{pinned} was drawn from {drawn.inputs.get("model", "")[:60]}, not from model = "{config.model}" '
                 f"({identity[:60]}); S3D learns from the policy's own answers"
             )
-        changes: dict[str, object] = {"candidates": pinned, "temperature": _temperature(drawn)}
+        changes: dict[str, object] = {"candidates": pinned, **_drawing(drawn)}
         inputs = {"candidates": pinned}
     else:
         inputs = {"prompts": pin(lake, config.prompts, f"prompts/{config.name}")}
@@ -52,7 +58,10 @@ def prepare(config: AdaptConfig, lake: Lake) -> Step:
 
 @task(name="adapt", persist_result=False)
 def adapt(step: Step, lake_root: str) -> DatasetRef:
-    """Train and measure every choice of layers; publish the adapter with the highest predicted speed-up."""
+    """Train and measure every choice of layers; publish the adapter with the highest E / (1 + beta).
+
+    Times are measured and reported, but do not choose: the same settings shall publish the same adapter anywhere.
+    """
     from runtime.alignment.s3d_acceptance import figures, measure
     from runtime.alignment.s3d_training import train_s3d
     from runtime.hardware import pick_device
@@ -65,14 +74,15 @@ def adapt(step: Step, lake_root: str) -> DatasetRef:
     for choice in choices:  # before anything is drawn or trained
         choice.adapter_config(policy.content_hash).check(policy.model)
     train, held_out = _samples(step, lake, policy)
-    found: list[tuple[S3DAdapter, Acceptance, list[dict[str, float | str]]]] = []
-    for kept, choice in zip(config.kept, choices, strict=True):
+    times = [_round_times(policy, choice, config, time.perf_counter) for choice in choices]
+    found: list[tuple[S3DAdapter, list[Figures]]] = []
+    for kept, choice, seconds in zip(config.kept, choices, times, strict=True):
         adapter = train_s3d(policy, train, choice, progress(f"{step.name} {kept}", "steps"))
         acceptance = measure(policy, adapter, held_out, choice)
         adapter.knows(acceptance.coupled.rates)
-        found.append((adapter, acceptance, figures(acceptance, adapter, policy.model)))
-    best, _, rows = max(found, key=lambda each: max(float(row["speedup"]) for row in each[2]))
-    table = [row for _, _, each in found for row in each]
+        found.append((adapter, _with_times(figures(acceptance, adapter, policy.model), seconds)))
+    best, rows = max(found, key=lambda each: max(float(row["speedup"]) for row in each[1]))
+    table = [row for _, each in found for row in each]
     with tempfile.TemporaryDirectory(prefix="winnow-adapt-") as folder:
         best.save(Path(folder))
         writer = step.writer(lake)
@@ -129,6 +139,12 @@ def _samples(step: Step, lake: Lake, policy: "LoadedModel") -> "tuple[list[Sampl
         candidates = _draw(step, prompts, policy)
     ids = list(dict.fromkeys(candidates["prompt_id"].to_pylist()))[: config.max_prompts]
     measured = {one for one in ids if _is_measured(one)} or set(ids[:1])
+    if len(ids) < 2:
+        raise ConfigError(
+            f"there are answers to {len(ids)} prompts; S3D trains on some and measures on others, give two or more"
+        )
+    if len(measured) == len(ids):
+        measured.remove(ids[0])
     parts = []
     for chosen in (set(ids) - measured, measured):
         rows = candidates.filter(pa.compute.is_in(candidates["prompt_id"], pa.array(sorted(chosen), pa.string())))
@@ -165,13 +181,54 @@ def _drawn_by(lake: Lake, candidates: str) -> Manifest:
     return manifest
 
 
-def _temperature(drawn: Manifest) -> float:
-    """At which candidates were drawn; greedy ones say nothing about the odds of other tokens."""
+def _drawing(drawn: Manifest) -> dict[str, object]:
+    """Temperature and prompt format of candidates; greedy ones say nothing about the odds of other tokens, and those
+    of a law that training does not know would teach a wrong one."""
     config = cast(Mapping[str, JsonValue], drawn.config.get("generate") or drawn.config)
     temperature = config.get("temperature")
     if not isinstance(temperature, int | float) or temperature <= 0:
         raise ConfigError(f"{drawn.label} was drawn at temperature = {temperature}; S3D needs sampled answers")
-    return float(temperature)
+    for name, off in NOT_LEARNT.items():
+        value = config.get(name, off)
+        if value != off:
+            raise ConfigError(
+                f"{drawn.label} was drawn with {name} = {value}; S3D learns from answers of temperature alone, "
+                f"draw some with {name} = {off}"
+            )
+    return {"temperature": float(temperature), "prompt_format": config.get("prompt_format", "chat")}
+
+
+def _round_times(
+    policy: "LoadedModel", choice: "S3DTraining", config: AdaptConfig, clock: "Clock"
+) -> dict[int, list[float]]:
+    """Seconds of a round by drafted tokens, 0, 1, ... k, per number of rows; training does not change them."""
+    from runtime.decoding.s3d.adapter import S3DAdapter
+    from runtime.decoding.s3d.forecast import round_seconds
+    from runtime.decoding.s3d.rounds import S3DDecoding
+
+    adapter = S3DAdapter(policy, choice.adapter_config(policy.content_hash)).requires_grad_(False)
+    return {
+        rows: round_seconds(policy, S3DDecoding(adapter, clock=clock), timed_prompt(), rows, config.prompt_format)
+        for rows in TIMED_ROWS
+    }
+
+
+def _with_times(rows: Sequence[Figures], times: Mapping[int, Sequence[float]]) -> list[Figures]:
+    """Also t_k / t_0 and E(k) t_0 / t_k on this device, per number of rows."""
+    found = []
+    for row in rows:
+        timed: Figures = {}
+        for n, seconds in times.items():
+            cost = seconds[int(row["k"])] / seconds[0]
+            timed |= {f"t at {n}": round(cost, 3), f"speedup at {n}": round(float(row["E"]) / cost, 3)}
+        found.append({**row, **timed})
+    return found
+
+
+def _best_k(rows: Sequence[Figures], n: int) -> int:
+    """The number of drafts that is fastest with `n` rows here; 0 where plain decoding is."""
+    best = max(rows, key=lambda row: row[f"speedup at {n}"])
+    return int(best["k"]) if float(best[f"speedup at {n}"]) > 1 else 0
 
 
 def _training(config: AdaptConfig, n_first: int, n_last: int) -> "S3DTraining":
@@ -182,13 +239,13 @@ def _training(config: AdaptConfig, n_first: int, n_last: int) -> "S3DTraining":
 
 
 def _stats(
-    adapter: "S3DAdapter", rows: Sequence[Mapping[str, float | str]], n_texts: tuple[int, int], config: AdaptConfig
+    adapter: "S3DAdapter", rows: Sequence[Figures], n_texts: tuple[int, int], config: AdaptConfig
 ) -> dict[str, JsonValue]:
     top = max(rows, key=lambda row: row["speedup"])
     return {
         "kept": top["kept"],
         "kind": config.kind,
-        "best_k": top["k"],
+        **{f"best_k_at_{n}": _best_k(rows, n) for n in TIMED_ROWS},
         "E": top["E"],
         "beta": top["beta"],
         "predicted_speedup": top["speedup"],

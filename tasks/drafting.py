@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.decoding.s3d.forecast import Forecast
     from runtime.decoding.s3d.rounds import S3DDecoding
     from runtime.models import LoadedModel
+    from runtime.records import Prompt
 
 FORECAST_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -67,12 +68,18 @@ def _opened(path: str, s3d: str, policy: "LoadedModel") -> "S3DDecoding":
     return S3DDecoding(adapter, None if s3d == "auto" else int(s3d), clock=time.perf_counter)
 
 
+def timed_prompt() -> "Prompt":
+    """Whose answers are begun where rounds are timed."""
+    from runtime.records import Message, Prompt
+
+    return Prompt("plan", (Message("user", "A prompt of ordinary length, " * 6),), "plan")
+
+
 def plan_drafting(config: GenerateConfig, lake: Lake) -> DraftingPlan | None:
     """Measured with the policy here; None without S3D."""
     if config.s3d == "off":
         return None
     from runtime.decoding.s3d.forecast import forecast
-    from runtime.records import Message, Prompt
     from tasks.models import load_policy_model, model_path, use_threads
 
     use_threads(config.threads)
@@ -80,6 +87,5 @@ def plan_drafting(config: GenerateConfig, lake: Lake) -> DraftingPlan | None:
     s3d = open_s3d(config, policy, lake)
     assert s3d is not None
     rows = [n for n in FORECAST_ROWS if n < config.max_rows] + [config.max_rows]
-    prompt = Prompt("plan", (Message("user", "A prompt of ordinary length, " * 6),), "plan")
-    found = forecast(policy, s3d.adapter, prompt, rows, time.perf_counter, config.prompt_format)
+    found = forecast(policy, s3d.adapter, timed_prompt(), rows, time.perf_counter, config.prompt_format)
     return DraftingPlan(s3d.adapter.n_bytes, tuple(found))

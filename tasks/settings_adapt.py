@@ -30,7 +30,7 @@ class AdaptConfig(StageConfig):
         ["1+1", "2+1", "2+2"],
         title="Kept layers",
         description="FIRST+LAST layers that a draft runs through; every choice is trained and measured, the one with "
-        "the highest predicted speed-up is published",
+        "the highest predicted speed-up, tokens per round / (1 + share of weights in a draft), is published",
         min_length=1,
     )
     k: int = Field(4, title="Masks", description="Tokens drafted in one pass, at most", ge=1, le=16)
@@ -41,6 +41,13 @@ class AdaptConfig(StageConfig):
     )
     rank: int = Field(16, title="Rank", description="Of the low-rank weights", ge=1)
     alpha: float = Field(16.0, title="Alpha", description="Low-rank terms are scaled by alpha / rank", gt=0, le=65536)
+    sampler_width: int = Field(
+        0,
+        title="Sampler width",
+        description="Of a head that tells each mask the draft before it, which must then be drawn in turn; 0: none",
+        ge=0,
+        le=4096,
+    )
     loss: Literal["acceptance", "overlap", "kl"] = Field(
         "acceptance",
         title="Loss",
@@ -65,6 +72,8 @@ class AdaptConfig(StageConfig):
         for choice in self.kept:
             if not KEPT_PATTERN.fullmatch(choice):
                 raise ValueError(f'kept has "{choice}": write FIRST+LAST, such as 1+1')
+        if self.kind == "skip" and self.sampler_width:
+            raise ValueError(f'kind = "skip" trains nothing; sampler_width = {self.sampler_width} must be 0')
         return self
 
     def choices(self) -> list[tuple[int, int]]:

@@ -73,11 +73,16 @@ def measure(
 
 
 def draft_share(model: PreTrainedModel, adapter: S3DAdapter) -> float:
-    """Beta: weights that a draft pass reads over those that a full pass reads, the output layer in both."""
+    """Beta: weights that a draft pass reads over those that a full pass reads, the output layer in both.
+
+    With a sampler head, masks after the first go through it and the output layer one by one.
+    """
     layers = [_size(layer) for layer in model.base_model.layers]  # type: ignore[union-attr]
     head = _size(model.get_output_embeddings())  # type: ignore[no-untyped-call]
     kept = sum(layers[index] for index in adapter.config.kept(len(layers)))
-    return (kept + head + _size(adapter)) / (sum(layers) + head)
+    n_told = 0 if adapter.sampler is None else adapter.config.k - 1
+    again = 0 if adapter.sampler is None else n_told * head + (n_told - 1) * _size(adapter.sampler)
+    return (kept + head + _size(adapter) + again) / (sum(layers) + head)
 
 
 def figures(acceptance: Acceptance, adapter: S3DAdapter, model: PreTrainedModel) -> list[dict[str, float | str]]:

@@ -54,12 +54,14 @@ class S3DTraining:
     groups: int = 16
     learning_rate: float = 3e-3
     mask_learning_rate: float = 3e-2
+    sampler_width: int = 0
     seed: int = 0
 
     def adapter_config(self, base_hash: str) -> S3DConfig:
         """What is trained."""
         rank = self.rank if self.kind == "lora" else 0
-        return S3DConfig(self.n_first, self.n_last, self.k, rank, self.alpha, self.kind, base_hash)
+        shape = (self.n_first, self.n_last, self.k, rank, self.alpha)
+        return S3DConfig(*shape, self.kind, base_hash, sampler_width=self.sampler_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +177,13 @@ def draft(drafter: Drafter, batch: TextBatch, starts: Tensor, settings: S3DTrain
         whole = run(drafter.base, batch.ids, positions, prefix)
     groups = GroupsPass(prefix, starts, k)
     last = batch.ids.gather(1, starts).flatten()
-    logits = drafter.logits(drafter.hidden(last, k, groups.positions, groups))
+    hidden = drafter.hidden(last, k, groups.positions, groups)
     ahead = starts[..., None] + torch.arange(k, device=starts.device)  # what is said there is the next token
     sequence = torch.arange(len(batch.ids), device=starts.device)[:, None, None]
     with torch.no_grad():
         wanted = logits_of(drafter.base, whole[sequence, ahead.clamp(max=n_last)].flatten(0, 1))
     tokens = batch.ids[sequence, (ahead + 1).clamp(max=n_last)].flatten(0, 1)
+    logits = drafter.logits(hidden, tokens)  # a draft is asked where those before it are the text's tokens
     is_real = (ahead + 1 < batch.n_tokens[:, None, None]).flatten(0, 1)
     p, q = (torch.log_softmax(one / settings.temperature, dim=-1) for one in (wanted, logits))
     return Drafts(p, q, tokens, is_real)
@@ -193,7 +196,7 @@ def _new_adapter(loaded: LoadedModel, settings: S3DTraining) -> S3DAdapter:
 
 
 def _optimizer(adapter: S3DAdapter, settings: S3DTraining) -> torch.optim.Optimizer:
-    terms = list(adapter.layers.parameters())
+    terms = [one for one in adapter.parameters() if one is not adapter.mask_embeddings]
     groups = [
         {"params": [adapter.mask_embeddings], "initial_lr": settings.mask_learning_rate},
         *([{"params": terms, "initial_lr": settings.learning_rate}] if terms else []),

@@ -15,7 +15,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 
 from runtime.errors import ModelError
@@ -26,6 +26,7 @@ Kind = Literal["lora", "embeddings", "skip"]
 KINDS: tuple[Kind, ...] = ("lora", "embeddings", "skip")
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 MAX_MASKS = 16
+MAX_SAMPLER_WIDTH = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class S3DConfig:
 
     lora: mask embeddings and low-rank weights; embeddings: those alone; skip: nothing was trained. Low-rank terms are
     scaled by alpha / rank. base_hash: content hash of the policy that it drafts for. rates: chance that the draft at
-    each place stays when all before it did, measured when it was trained; empty where nobody measured.
+    each place stays when all before it did, measured when it was trained; empty where nobody measured. sampler_width:
+    of the layer between, in the head that tells masks what was drafted before them; 0 without one.
     """
 
     n_first: int
@@ -45,6 +47,7 @@ class S3DConfig:
     kind: Kind
     base_hash: str
     rates: tuple[float, ...] = ()
+    sampler_width: int = 0
 
     def kept(self, n_layers: int) -> list[int]:
         """Indices of the kept layers."""
@@ -73,6 +76,8 @@ class S3DConfig:
             raise ModelError(f"S3D needs input and output embeddings of one size, not {shapes}; decode without S3D")
         if self.kind == "lora" and not 1 <= self.rank <= embedding.weight.shape[1]:
             raise ModelError(f"S3D with rank {self.rank}; use 1 to the model's width of {embedding.weight.shape[1]}")
+        if not 0 <= self.sampler_width <= MAX_SAMPLER_WIDTH:
+            raise ModelError(f"S3D with sampler_width {self.sampler_width}; use 0 (none) to {MAX_SAMPLER_WIDTH}")
 
 
 class LowRank(nn.Module):
@@ -85,8 +90,27 @@ class LowRank(nn.Module):
         nn.init.normal_(self.down, std=base.in_features**-0.5)
 
 
+class SamplerHead(nn.Module):
+    """Masks are foreseen together; this changes a mask's hidden state by the token that was drafted before it.
+
+    hidden + up(silu(down(hidden) + before(token's embedding))), as in arXiv 2507.11851; no change until trained.
+    """
+
+    def __init__(self, width: int, between: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(between, width))
+        self.before = nn.Parameter(torch.empty(between, width))
+        self.up = nn.Parameter(torch.zeros(width, between))
+        for weights in (self.down, self.before):
+            nn.init.normal_(weights, std=width**-0.5)
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """(..., width) each -> (..., width)."""
+        return hidden + linear(silu(linear(hidden, self.down) + linear(embedded, self.before)), self.up)
+
+
 class S3DAdapter(nn.Module):
-    """Mask embeddings (k, width) and, per kept layer, a low-rank term for every linear layer in it."""
+    """Mask embeddings (k, width), per kept layer a low-rank term for every linear layer in it, perhaps a sampler head."""
 
     def __init__(self, loaded: LoadedModel, config: S3DConfig) -> None:
         """An untrained adapter in float32: masks look like the average token; random numbers are torch's own."""
@@ -100,6 +124,7 @@ class S3DAdapter(nn.Module):
             for index in config.kept(int(loaded.model.config.num_hidden_layers)):
                 terms = {name: LowRank(base, config.rank) for name, base in _linears(_layer(loaded.model, index))}
                 self.layers[str(index)] = nn.ModuleDict(terms)
+        self.sampler = SamplerHead(len(mean), config.sampler_width) if config.sampler_width else None
         self.to(loaded.model.device)
 
     @classmethod
@@ -172,9 +197,23 @@ class Drafter:
         )
         return cast(Tensor, output.last_hidden_state)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, 1 + n_masks, width) -> (rows, n_masks, vocabulary)."""
-        return logits_of(self.base, hidden[:, 1:])
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(rows, 1 + n_masks, width) -> (rows, n_masks, vocabulary).
+
+        tokens: (rows, n_masks) of the masks' places, of which a sampler head looks at the one before.
+        """
+        states = hidden[:, 1:]
+        if tokens is not None and self.adapter.sampler is not None:
+            told = self.adapter.sampler(states[:, 1:], self._embedding(tokens[:, :-1]))
+            states = torch.cat((states[:, :1], told), dim=1)
+        return logits_of(self.base, states)
+
+    def logits_after(self, hidden: Tensor, place: int, before: Tensor | None) -> Tensor:
+        """Of one mask, (rows, vocabulary), for a sampler head that is told the drafts before it, (rows,)."""
+        state = hidden[:, 1 + place]
+        if before is not None and self.adapter.sampler is not None:
+            state = self.adapter.sampler(state, self._embedding(before.clamp(min=0)))
+        return logits_of(self.base, state)
 
 
 class _MaskedLinear(nn.Module):

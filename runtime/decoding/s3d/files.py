@@ -61,22 +61,29 @@ def read_config(folder: Path) -> S3DConfig:
 
 def _checked(path: Path, values: object) -> S3DConfig:
     names = {field.name for field in fields(S3DConfig)}
+    if isinstance(values, dict):
+        values = {"sampler_width": 0} | values  # adapters are older than sampler heads
     if not isinstance(values, dict) or set(values) != names:
         raise ModelError(f'"{path}" must hold exactly {", ".join(sorted(names))}; adapt again')
-    for name in ("n_first", "n_last", "k", "rank"):
+    for name in ("n_first", "n_last", "k", "rank", "sampler_width"):
         if type(values[name]) is not int or not 0 <= values[name] < 2**16:
-            raise ModelError(f'"{path}": {name} = {str(values[name])[:40]} is no small number; adapt again')
+            raise ModelError(f'"{path}": {name} = {_shown(values[name])} is no small number; adapt again')
     alpha = values["alpha"]
     if type(alpha) not in (int, float) or not 0 <= alpha <= 2**16:
-        raise ModelError(f'"{path}": alpha = {str(alpha)[:40]} is no usable number; adapt again')
+        raise ModelError(f'"{path}": alpha = {_shown(alpha)} is no usable number; adapt again')
     if values["kind"] not in KINDS:
-        raise ModelError(f'"{path}": kind = {str(values["kind"])[:40]} is none of {", ".join(KINDS)}; adapt again')
+        raise ModelError(f'"{path}": kind = {_shown(values["kind"])} is none of {", ".join(KINDS)}; adapt again')
     if not isinstance(values["base_hash"], str) or not re.fullmatch(r"[0-9a-f]{64}", values["base_hash"]):
         raise ModelError(f'"{path}": base_hash is no sha256; adapt again')
     rates = values["rates"]
     if not isinstance(rates, list) or len(rates) not in (0, values["k"]) or not all(map(_is_share, rates)):
-        raise ModelError(f'"{path}": rates = {str(rates)[:40]} are not {values["k"]} shares; adapt again')
+        raise ModelError(f'"{path}": rates = {_shown(rates)} are not {values["k"]} shares; adapt again')
     return S3DConfig(**values | {"rates": tuple(rates)})
+
+
+def _shown(value: object) -> str:
+    """On one line, whatever a string holds."""
+    return repr(value)[:40]
 
 
 def _is_share(value: object) -> bool:

@@ -7,13 +7,14 @@ drafts no further than it may go, and its slots reach that far.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from runtime.decoding.controller import Controller
 from runtime.decoding.s3d.adapter import Drafter, S3DAdapter
-from runtime.decoding.s3d.verify import Block, RuleName, Verdict, draft, verify
+from runtime.decoding.s3d.verify import Block, RuleName, Verdict, draft, draft_in_turn, verify
 from runtime.decoding.steps import PlainSteps, State
 from runtime.errors import ConfigError
 from runtime.kv.attention import logits_of, run
@@ -116,7 +117,10 @@ class S3DRounds:
         fed, drafts = last[:, None], None
         if k:
             hidden = self.drafter.hidden(last, k, both.positions, both)
-            drafts = draft(block, self.drafter.logits(hidden), rule)
+            if self.drafter.adapter.sampler is None:
+                drafts = draft(block, self.drafter.logits(hidden), rule)
+            else:
+                drafts = draft_in_turn(block, k, partial(self.drafter.logits_after, hidden), rule)
             fed = torch.cat((fed, drafts.tokens.clamp(min=0)), dim=1)
         hidden = run(state.model, fed, both.positions, both)
         return verify(block, drafts, logits_of(state.model, hidden), rule), index

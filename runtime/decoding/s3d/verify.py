@@ -6,6 +6,7 @@ draft x of law q stays with probability min(1, p(x) / q(x)); the first that does
 q. Its text has the law of p, but depends on what was drafted. Greedy decoding is coupled by either name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +17,8 @@ from runtime.decoding.sampling import SamplingConfig, log_probabilities, penalis
 from runtime.randomness import gumbel, uniform
 
 RuleName = Literal["coupled", "classic"]
+# Place in the block and the tokens (rows,) drafted before it, none for the first -> logits (rows, vocabulary).
+LogitsAfter = Callable[[int, Tensor | None], Tensor]
 # Keep the noise of drafts, acceptance and corrections apart from that of plain sampling.
 _DRAFT_STREAM = 0x2545F4914F6CDD1D
 _ACCEPT_STREAM = 0x369DEA0F31A53F85
@@ -61,16 +64,27 @@ class Verdict:
 
 def draft(block: Block, logits: Tensor, rule: RuleName) -> Drafts:
     """Sample from the draft pass's logits (rows, k, vocabulary)."""
-    keys = block.keys ^ _DRAFT_STREAM if is_classic(rule, block.sampling) else block.keys
-    positions = block.positions(logits.shape[1])
-    if block.seen is None:
-        return Drafts(_sample(logits, keys, positions, block.sampling), logits)
-    seen, tokens, penalised = block.seen.clone(), [], []
-    for place in range(logits.shape[1]):
-        penalised.append(penalise(logits[:, place], seen, block.sampling.repetition_penalty))
-        tokens.append(sample(penalised[-1], keys, positions[:, place], block.sampling))
-        seen.scatter_(1, tokens[-1].clamp(min=0)[:, None], True)
-    return Drafts(torch.stack(tokens, 1), torch.stack(penalised, 1))
+    k = logits.shape[1]
+    if block.seen is not None:
+        return draft_in_turn(block, k, lambda place, _: logits[:, place], rule)
+    return Drafts(_sample(logits, _draft_keys(block, rule), block.positions(k), block.sampling), logits)
+
+
+def draft_in_turn(block: Block, k: int, logits_after: LogitsAfter, rule: RuleName) -> Drafts:
+    """Likewise where a draft depends on those before it: by a repetition penalty, or a sampler head."""
+    keys, positions = _draft_keys(block, rule), block.positions(k)
+    seen = None if block.seen is None else block.seen.clone()
+    tokens: list[Tensor] = []
+    laws: list[Tensor] = []
+    for place in range(k):
+        logits = logits_after(place, tokens[-1] if tokens else None)
+        if seen is not None:
+            logits = penalise(logits, seen, block.sampling.repetition_penalty)
+        laws.append(logits)
+        tokens.append(sample(logits, keys, positions[:, place], block.sampling))
+        if seen is not None:
+            seen.scatter_(1, tokens[-1].clamp(min=0)[:, None], True)
+    return Drafts(torch.stack(tokens, 1), torch.stack(laws, 1))
 
 
 def verify(block: Block, drafts: Drafts | None, logits: Tensor, rule: RuleName) -> Verdict:
@@ -138,6 +152,10 @@ def _penalised(seen: Tensor, drafts: Drafts | None, logits: Tensor, penalty: flo
         seen.scatter_(1, drafts.tokens[:, place - 1].clamp(min=0)[:, None], True)
         places.append(penalise(logits[:, place], seen, penalty))
     return torch.stack(places, 1)
+
+
+def _draft_keys(block: Block, rule: RuleName) -> Tensor:
+    return block.keys ^ _DRAFT_STREAM if is_classic(rule, block.sampling) else block.keys
 
 
 def _target(logits: Tensor, block: Block) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """Packed training passes against single ones, what training reaches, and how acceptance is counted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,25 +93,29 @@ def test_losses_by_hand() -> None:
     assert loss_of(drafts, "kl").item() == pytest.approx((kl[0] + 0.5 * kl[1]) / 1.5, rel=1e-6)
 
 
-@pytest.fixture(scope="module")
-def counter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> tuple[LoadedModel, list[Sample]]:
-    """A tiny policy that has learned to count from any token to the next, and its answers."""
-    tokenizer = make_tokenizer()
+def _learned(tokenizer: PreTrainedTokenizerFast, write: Callable[[int], Tensor]) -> tuple[LoadedModel, list[Sample]]:
+    """A tiny policy that has learned texts (rows, tokens), and more of them."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        ids = write(16)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    texts = [Sample(tuple(row), 3) for row in write(72).tolist()]
+    return LoadedModel(model.eval(), tokenizer, "learned", "ef" * 32), texts
+
+
+@pytest.fixture(scope="module")
+def counter(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> tuple[LoadedModel, list[Sample]]:
+    """A tiny policy that has learned to count from any token to the next, and its answers."""
     generator = torch.Generator().manual_seed(0)
 
     def count(n_rows: int) -> Tensor:
         return (torch.randint(0, 20, (n_rows, 1), generator=generator) + torch.arange(16)) % 20 + 40
 
-    for _ in range(80):
-        ids = count(16)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    texts = [Sample(tuple(row), 3) for row in count(72).tolist()]
-    return LoadedModel(model.eval(), tokenizer, "counter", "ef" * 32), texts
+    return _learned(make_tokenizer(), count)
 
 
 @pytest.mark.parametrize("loss", ["acceptance", "overlap", "kl"])
@@ -130,6 +135,33 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(
     assert all(torch.equal(after[name], weights) for name, weights in before.items())
     assert [weights.requires_grad for weights in policy.model.parameters()] == trains
     assert all(weights.grad is None for weights in policy.model.parameters())
+
+
+def test_a_sampler_head_foresees_what_follows_from_a_draw(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    """Texts `a x x a y y ...` with x, y at random: the second x is known only to whom the first is told."""
+    generator = torch.Generator().manual_seed(0)
+
+    def write(n_rows: int) -> Tensor:
+        drawn = torch.randint(41, 61, (n_rows, 6, 1), generator=generator)
+        return torch.cat((torch.full_like(drawn, 40), drawn, drawn), dim=-1).flatten(1)
+
+    policy, samples = _learned(make_tokenizer(), write)
+    plain = S3DTraining(n_first=1, n_last=1, k=2, rank=8, steps=60, batch_size=4, groups=8)
+    told = replace(plain, sampler_width=16)
+    without, trained = (train_s3d(policy, samples[:64], one) for one in (plain, told))
+    assert trained.sampler is not None and trained.sampler.up.abs().max() > 0
+    before, after = measure(policy, without, samples[64:], plain), measure(policy, trained, samples[64:], told)
+    assert after.overlap[1] > before.overlap[1] + 0.1
+    assert after.coupled.emitted[1] > before.coupled.emitted[1]
+    again = train_s3d(policy, samples[:64], told).state_dict()
+    assert all(torch.equal(again[name], weights) for name, weights in trained.state_dict().items())
+    # Told masks pass the output layer by themselves.
+    head = policy.model.lm_head.weight.numel()  # type: ignore[union-attr, operator]
+    body = sum(one.numel() for one in policy.model.base_model.layers.parameters())  # type: ignore[union-attr]
+    more = draft_share(policy.model, trained) - draft_share(policy.model, without)
+    assert more == pytest.approx((sum(one.numel() for one in trained.sampler.parameters()) + head) / (body + head))
 
 
 def test_the_same_seed_trains_the_same_bits(tiny_policy: LoadedModel, samples: list[Sample]) -> None:

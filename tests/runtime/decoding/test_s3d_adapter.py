@@ -65,10 +65,12 @@ def _policy(kind: str, tokenizer: object = None) -> LoadedModel:
     return LoadedModel(BUILDERS[kind]().double().eval(), tokenizer, "test", "ab" * 32)  # type: ignore[arg-type]
 
 
-def _adapter(policy: LoadedModel, n_first: int = 2, n_last: int = 1, k: int = 4) -> S3DAdapter:
+def _adapter(
+    policy: LoadedModel, n_first: int = 2, n_last: int = 1, k: int = 4, sampler_width: int = 0
+) -> S3DAdapter:
     """One with random weights."""
     torch.manual_seed(4)
-    config = S3DConfig(n_first, n_last, k, 3, 6.0, "lora", policy.content_hash)
+    config = S3DConfig(n_first, n_last, k, 3, 6.0, "lora", policy.content_hash, sampler_width=sampler_width)
     adapter = S3DAdapter(policy, config).to(policy.model.dtype)
     with torch.no_grad():
         for weights in adapter.parameters():
@@ -199,10 +201,48 @@ def test_the_real_token_runs_unadapted() -> None:
     assert not torch.isclose(states[0][:, 1:], states[1][:, 1:]).all(dim=-1).any()
 
 
-def test_an_adapter_survives_saving(tmp_path: Path) -> None:
+@torch.inference_mode()
+def test_a_sampler_head_hears_of_the_draft_before() -> None:
+    policy = _policy("llama")
+    adapter = _adapter(policy, sampler_width=5)
+    drafter, head = Drafter(policy, adapter), adapter.sampler
+    assert head is not None
+    hidden, tokens = torch.randn(3, 5, 32, dtype=torch.float64), torch.randint(2, 64, (3, 4))
+    whole = drafter.logits(hidden, tokens)
+    torch.testing.assert_close(whole[:, 0], drafter.logits(hidden)[:, 0], rtol=0, atol=1e-12)
+    for place in range(4):
+        alone = drafter.logits_after(hidden, place, tokens[:, place - 1] if place else None)
+        torch.testing.assert_close(alone, whole[:, place], rtol=0, atol=1e-12)
+    embedded = policy.model.get_input_embeddings()(tokens[:, 1])  # type: ignore[no-untyped-call]
+    between = nn.functional.silu(torch.cat((head.down, head.before), 1) @ torch.cat((hidden[:, 3], embedded), 1).T)
+    expected = (hidden[:, 3] + (head.up @ between).T) @ policy.model.lm_head.weight.T  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(whole[:, 2], expected, rtol=0, atol=1e-12)
+    assert not torch.isclose(whole[:, 1:], drafter.logits(hidden)[:, 1:]).all(dim=-1).any()
+    head.up.zero_()
+    assert torch.equal(drafter.logits(hidden, tokens), drafter.logits(hidden))
+
+
+def test_adapters_older_than_sampler_heads_still_load(tmp_path: Path) -> None:
     policy = _policy("llama")
     adapter = _adapter(policy)
     adapter.save(tmp_path)
+    path = tmp_path / CONFIG_NAME
+    values = json.loads(path.read_text())
+    del values["sampler_width"]
+    path.write_text(json.dumps(values))
+    found = load_adapter(tmp_path, policy)
+    assert found.config == adapter.config
+    assert found.sampler is None
+
+
+@pytest.mark.parametrize("sampler_width", [0, 5])
+def test_an_adapter_survives_saving(tmp_path: Path, sampler_width: int) -> None:
+    policy = _policy("llama")
+    adapter = _adapter(policy, sampler_width=sampler_width)
+    adapter.save(tmp_path)
+    n_head = 3 * 32 * sampler_width
+    assert adapter.n_bytes - _adapter(policy).n_bytes == n_head * 8
+    assert sum(one.numel() for one in load_file(tmp_path / WEIGHTS_NAME).values()) * 8 == adapter.n_bytes
     found = load_adapter(tmp_path, policy)
     assert found.config == adapter.config
     assert found.mask_embeddings.dtype == torch.float64
@@ -235,6 +275,13 @@ def test_an_adapter_of_another_policy_is_refused(tmp_path: Path) -> None:
         ({"n_first": 4, "n_last": 2}, "layers overlap: first 4 and last 2 of 5"),
         ({"n_first": 0, "n_last": 0}, "keep at least one"),
         ({"n_first": -1}, "n_first = -1"),
+        ({"n_first": "a\nb"}, r"n_first = 'a\\nb'"),
+        ({"alpha": "a\nb"}, r"alpha = 'a\\nb'"),
+        ({"kind": "a\nb"}, r"kind = 'a\\nb'"),
+        ({"rates": "a\nb"}, r"rates = 'a\\nb'"),
+        ({"sampler_width": -1}, "sampler_width = -1"),
+        ({"sampler_width": 5000}, "sampler_width 5000; use 0"),
+        ({"sampler_width": 2}, r"other weights .*sampler\.before"),
         ({"k": 0}, "k = 0 masks"),
         ({"k": 10**9}, "k = 1000000000"),
         ({"k": 7}, r"mask_embeddings is BF16 \(4, 32\)"),
@@ -243,8 +290,8 @@ def test_an_adapter_of_another_policy_is_refused(tmp_path: Path) -> None:
         ({"rank": 3.0}, r"rank = 3.0"),
         ({"rank": True}, "rank = True"),
         ({"alpha": float("nan")}, "alpha = nan"),
-        ({"alpha": "6"}, "alpha = 6"),
-        ({"kind": "pickle"}, "kind = pickle"),
+        ({"alpha": "6"}, "alpha = '6'"),
+        ({"kind": "pickle"}, "kind = 'pickle'"),
         ({"kind": ["lora"]}, "kind = "),
         ({"kind": "skip"}, "other weights"),
         ({"base_hash": "../x"}, "no sha256"),
@@ -286,13 +333,15 @@ def test_truncated_weights_are_refused(n_kept: int, tmp_path: Path) -> None:
 
 def test_weights_of_other_names_sizes_kinds_or_values_are_refused(tmp_path: Path) -> None:
     policy = _policy("llama")
-    _adapter(policy).save(tmp_path)
+    _adapter(policy, sampler_width=5).save(tmp_path)
     path, name = tmp_path / WEIGHTS_NAME, "layers.0.q_proj.up"
     good = load_file(path)
     whole = torch.ones(32, 3, dtype=torch.int64)
     cases: list[tuple[dict[str, Tensor], str]] = [
         ({name: good[name].T.contiguous()}, "fits another model"),
         ({name: whole}, "I64"),
+        ({"sampler.down": good["sampler.down"][:4].clone()}, r"sampler.down is BF16 \(4, 32\)"),
+        ({"sampler.up": good["sampler.up"] * torch.inf}, "sampler.up has numbers that are not finite"),
         ({name: good[name] * torch.nan}, "not finite"),
         ({"surprise": good[name].clone()}, "surprise"),
     ]

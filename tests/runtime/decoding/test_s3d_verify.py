@@ -13,9 +13,18 @@ from torch import Tensor
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.s3d import verify as module
-from runtime.decoding.s3d.adapter import S3DAdapter
+from runtime.decoding.s3d.adapter import S3DAdapter, S3DConfig
 from runtime.decoding.s3d.rounds import S3DDecoding
-from runtime.decoding.s3d.verify import Block, RuleName, acceptance, correction, draft, verify
+from runtime.decoding.s3d.verify import (
+    Block,
+    Drafts,
+    RuleName,
+    acceptance,
+    correction,
+    draft,
+    draft_in_turn,
+    verify,
+)
 from runtime.decoding.sampling import SamplingConfig, log_probabilities, penalise
 from runtime.models import LoadedModel, encode_prompt
 from runtime.randomness import row_key
@@ -25,10 +34,12 @@ V, LENGTH, N_ROWS = 5, 3, 20_000
 Law = Callable[[tuple[int, ...]], Tensor]  # tokens so far -> probabilities of the next
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_classic_rule_has_the_targets_law_exactly(k: int, seed: int) -> None:
-    """All drafts of a block with their chances, against the product of the target's laws."""
+def test_the_classic_rule_has_the_targets_law_exactly(k: int, seed: int, told: bool) -> None:
+    """All drafts of a block with their chances, against the product of the target's laws; told: a draft's law depends
+    on the draft before it, as with a sampler head."""
     random = torch.Generator().manual_seed(seed)
     sharp = 1 + 3 * (seed % 3)  # flat to peaked, and some tokens impossible for one of the two
     p = {
@@ -36,7 +47,12 @@ def test_the_classic_rule_has_the_targets_law_exactly(k: int, seed: int) -> None
         for n in range(k + 1)
         for prefix in product(range(V), repeat=n)
     }
-    q = [_softmax(torch.randn(V, generator=random, dtype=torch.float64) * sharp, seed % 2) for _ in range(k)]
+    free = [_softmax(torch.randn(V, generator=random, dtype=torch.float64) * sharp, seed % 2) for _ in range(k)]
+    q = {
+        prefix: _softmax(torch.randn(V, generator=random, dtype=torch.float64) * sharp, seed % 2) if told else free[n]
+        for n in range(k)
+        for prefix in product(range(V), repeat=n)
+    }
     found: dict[tuple[int, ...], float] = {}
 
     def add(prefix: tuple[int, ...], law: Tensor, chance: float) -> None:
@@ -53,12 +69,12 @@ def test_the_classic_rule_has_the_targets_law_exactly(k: int, seed: int) -> None
         if place == k:
             return add(prefix, p[prefix], chance)
         for token in range(V):
-            drafted = chance * float(q[place][token])
+            drafted = chance * float(q[prefix][token])
             if drafted:
-                stays = min(1.0, float(acceptance(p[prefix], q[place], torch.tensor(token))))
+                stays = min(1.0, float(acceptance(p[prefix], q[prefix], torch.tensor(token))))
                 walk((*prefix, token), drafted * stays)
                 if stays < 1:
-                    add(prefix, correction(p[prefix], q[place]), drafted * (1 - stays))
+                    add(prefix, correction(p[prefix], q[prefix]), drafted * (1 - stays))
         return None
 
     walk((), 1.0)
@@ -75,10 +91,12 @@ def _softmax(logits: Tensor, n_impossible: int) -> Tensor:
 
 
 class Toy:
-    """A target that looks at the last two tokens, and a draft that knows the last committed one only."""
+    """A target that looks at the last two tokens, and a draft that knows the last committed one only, and where it is
+    told, the draft before."""
 
-    def __init__(self, sharp: float = 1.5) -> None:
+    def __init__(self, sharp: float = 1.5, told: bool = False) -> None:
         random = torch.Generator().manual_seed(1)
+        self.told = sharp * torch.randn(V, V, generator=random, dtype=torch.float64) if told else None
         self.target = sharp * torch.randn(V + 1, V + 1, V, generator=random, dtype=torch.float64)
         self.drafted = self.target.mean(0)[:, None] + torch.randn(V + 1, 4, V, generator=random, dtype=torch.float64)
 
@@ -91,7 +109,7 @@ class Toy:
         while int(n_done.min()) < LENGTH:
             block = Block(keys, n_done, (LENGTH - n_done).clamp(max=k + 1), seen, sampling)
             before, last = tokens[row, n_done], tokens[row, n_done + 1]
-            drafts = draft(block, self.drafted[last, :k], rule) if k else None
+            drafts = self.drafts(block, self.drafted[last, :k], rule) if k else None
             fed = [before, last] if drafts is None else [before, last, *drafts.tokens.unbind(1)]
             logits = torch.stack([self.target[a, b] for a, b in zip(fed, fed[1:], strict=False)], 1)
             verdict = verify(block, drafts, logits, rule)
@@ -103,6 +121,17 @@ class Toy:
                     seen[row[is_kept], verdict.tokens[is_kept, place]] = True
             n_done = n_done + verdict.counts
         return tokens[:, 2 : 2 + LENGTH]
+
+    def drafts(self, block: Block, logits: Tensor, rule: RuleName) -> Drafts:
+        """Those of a round."""
+        told = self.told
+        if told is None:
+            return draft(block, logits, rule)
+
+        def logits_after(place: int, before: Tensor | None) -> Tensor:
+            return logits[:, place] if before is None else logits[:, place] + told[before]
+
+        return draft_in_turn(block, logits.shape[1], logits_after, rule)
 
     def law(self, sampling: SamplingConfig) -> Tensor:
         """Exact probability of every string, (V,) * LENGTH."""
@@ -147,9 +176,9 @@ SETTINGS: Sequence[dict[str, Any]] = (
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_strings_of_the_classic_rule_follow_the_target(settings: dict[str, Any], k: int) -> None:
-    toy, sampling = Toy(), SamplingConfig(**settings)
+@pytest.mark.parametrize(("k", "told"), [(1, False), (2, False), (4, False), (2, True), (4, True)])
+def test_strings_of_the_classic_rule_follow_the_target(settings: dict[str, Any], k: int, told: bool) -> None:
+    toy, sampling = Toy(told=told), SamplingConfig(**settings)
     assert statistic(toy.strings(sampling, k, "classic"), toy.law(sampling)) < 5
 
 
@@ -160,6 +189,15 @@ def test_strings_of_the_coupled_rule_follow_the_target_and_are_those_without_dra
     assert statistic(plain, toy.law(sampling)) < 5
     for k in (1, 2, 4):
         assert torch.equal(toy.strings(sampling, k, "coupled"), plain)
+        assert torch.equal(Toy(told=True).strings(sampling, k, "coupled"), plain)
+
+
+def test_the_count_finds_drafts_whose_law_is_not_the_one_that_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a sampler head had changed what is drawn, but not what is recorded."""
+    toy, sampling = Toy(told=True), SamplingConfig()
+    drafts = toy.drafts
+    monkeypatch.setattr(toy, "drafts", lambda block, logits, rule: replace(drafts(block, logits, rule), logits=logits))
+    assert statistic(toy.strings(sampling, 2, "classic"), toy.law(sampling)) > 5
 
 
 def test_the_count_finds_a_rule_that_is_slightly_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,14 +227,20 @@ def test_a_draft_that_the_target_never_says_is_never_kept(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sampler_width", [0, 8])
 @pytest.mark.parametrize("rule", ["classic", "coupled"])
 def test_strings_of_the_engine_follow_the_model(
-    tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt], rule: RuleName
+    tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt], rule: RuleName, sampler_width: int
 ) -> None:
     """10,000 candidates of three tokens; top_k leaves 64 strings."""
     sampling = SamplingConfig(n=10_000, top_k=4, max_new_tokens=LENGTH)
     policy = replace(tiny_policy)
-    s3d = S3DDecoding(S3DAdapter.skip_only(policy, 2, 2, 2), 2, rule)
+    torch.manual_seed(0)
+    config = S3DConfig(2, 2, 2, 0, 0.0, "embeddings", policy.content_hash, sampler_width=sampler_width)
+    adapter = S3DAdapter(policy, config).requires_grad_(False)
+    if adapter.sampler is not None:
+        adapter.sampler.up.normal_(std=0.1)
+    s3d = S3DDecoding(adapter, 2, rule)
     engine = Engine(policy, sampling, CutSchedule(), None, sampling.n, s3d=s3d)
     engine.is_stop[:] = False  # strings of one length
     (found,) = engine.generate(tiny_prompts[:1])
