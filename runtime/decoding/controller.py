@@ -1,24 +1,28 @@
 """How many tokens to draft: the number that promises most tokens per second, by measured times and acceptance.
 
-It decides about speed only. Nothing of a text depends on it where the acceptance rule is the coupled one.
+It decides about speed only. Nothing of a text depends on it where the acceptance rule is the coupled one. So real
+rounds are what is timed: while it tries a number of drafts, the answers go on.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log2
-from statistics import median
+from statistics import median, median_low
 
 GAIN_TO_START = 1.1  # over plain decoding
 GAIN_TO_STAY = 1.06  # rows of unequal length cost a little that no single round shows
 MEMORY = 0.99  # of what was accepted, per round
 PRIOR = (0.8, 4.0)  # acceptance that is assumed at first, and as if so many drafts had been seen
-REPEATS = 3  # of each timed pass; the fastest counts
-TRY_AGAIN = 128  # plain rounds after which one is drafted, to see whether acceptance has changed
-# Rounds of a size after which all are timed once more: the first time may have met a slow moment of the machine.
-TIME_AGAIN = frozenset({32, 128, 512, 2048})
+# Before anything is timed: tokens that cost as much as a pass without any, and the share of a pass that drafting costs.
+KNEE, KEPT = 32.0, 0.4
+RECENT = 9  # rounds of a size and a number of drafts, whose median counts
+ENOUGH = 3  # rounds that a time is believed from; two where it leaves no hope
+TRY_AGAIN = 128  # rounds of a size after which the other way, drafts or none, is tried: times and texts change
+UNCLEAR = (0.8, 1.6)  # a gain foreseen from other sizes that is worth a trial
+BETWEEN = 15  # times between rounds whose median counts; a prefill or a reward is not one of them
 
-Measure = Callable[[int], float]  # drafted tokens -> seconds of a round
+Size = tuple[int, int]  # of a batch: rows and slots, powers of two
 
 
 @dataclass(slots=True)
@@ -35,6 +39,12 @@ class Acceptance:
         self.reached = [weight] * self.k
         assumed = self.known or [rate ** (1 + place / 2) for place in range(self.k)]
         self.accepted = [weight * one for one in assumed[: self.k]]
+
+    def fade(self) -> None:
+        """Forget a little in a round that drafts nothing, so that after many of them the next draft counts."""
+        if max(self.reached) > PRIOR[1]:
+            self.reached = [MEMORY * one for one in self.reached]
+            self.accepted = [MEMORY * one for one in self.accepted]
 
     def observe(self, reached: Sequence[float], accepted: Sequence[float]) -> None:
         """Drafts of one round by place: those whose predecessors all stayed, and those that stayed themselves."""
@@ -58,64 +68,94 @@ class Acceptance:
 
 
 class Controller:
-    """Chooses before each round."""
+    """Chooses before each round, and learns from it."""
 
     def __init__(self, k: int, known: Sequence[float] = ()) -> None:
         """k: tokens at most; known: acceptance by place, where it was measured before."""
         self.k = k
         self.acceptance = Acceptance(k, known)
-        self.seconds: dict[tuple[int, int], list[float]] = {}  # of rounds by drafted tokens, per size of the batch
-        self._n_rounds: Counter[tuple[int, int]] = Counter()
-        self.gaps: deque[float] = deque(maxlen=15)  # seconds between rounds
+        self.gaps: deque[float] = deque(maxlen=BETWEEN)  # seconds between rounds
         self.is_on = True
-        self._n_plain = 0
+        self._seconds: defaultdict[tuple[Size, int], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._prices: dict[tuple[Size, int], float] = {}  # of rounds that draft, in plain rounds of their size
+        self._nearest: dict[tuple[Size, int], tuple[Size, int]] = {}
+        self._n_since: Counter[tuple[Size, bool]] = Counter()  # rounds since such a size was decoded so
 
-    def choose(self, rooms: Sequence[int], n_slots: int, measure: Measure) -> int:
-        """Tokens to draft when row i may get `rooms[i]` and rows have `n_slots` places. Sizes that it has not met
-        are measured."""
-        key = round(log2(len(rooms))), round(log2(n_slots))
-        self._measure(key, measure)
-        seconds = self.times(key)
+    def choose(self, rooms: Sequence[int], n_slots: int) -> int:
+        """Tokens to draft when row i may get `rooms[i]` and rows have `n_slots` places."""
+        size = size_of(len(rooms), n_slots)
+        prices = [1.0, *(self.price(size, k) for k in range(1, self.k + 1))]
         expected = self.acceptance.tokens()
-        gain = max(e * seconds[0] / s for e, s in zip(expected[1:], seconds[1:], strict=True))
-        self.is_on = gain > (GAIN_TO_STAY if self.is_on else GAIN_TO_START)
-        self._n_plain = 0 if self.is_on else self._n_plain + 1
-        if not self.is_on and self._n_plain % TRY_AGAIN:
+        gains = [e / price for e, price in zip(expected, prices, strict=True)]
+        best = max(range(1, self.k + 1), key=gains.__getitem__)
+        self.is_on = gains[best] > (GAIN_TO_STAY if self.is_on else GAIN_TO_START)
+        most = min(self.k, max(rooms) - 1)
+        if most == 0:
             return 0
+        best = min(best, most)
+        trial = self._trial(size, best, most, gains[best])
+        if trial is not None or not self.is_on:
+            return trial or 0
         # Rows that wait, or nearly do, make a long draft less worth.
-        rates = [
-            sum(expected[min(k, room - 1)] for room in rooms if room) / seconds[k]
-            for k in range(min(self.k, max(rooms) - 1) + 1)
-        ]
+        rates = [sum(expected[min(k, room - 1)] for room in rooms if room) / prices[k] for k in range(most + 1)]
         return max(range(len(rates)), key=rates.__getitem__)
 
-    def _measure(self, size: tuple[int, int], measure: Measure) -> None:
-        """Sizes that it has not met are timed; the fastest that was ever seen counts."""
-        if size not in self.seconds:
-            self.seconds[size] = _time_rounds(self.k, measure, REPEATS)
-        elif self._n_rounds[size] in TIME_AGAIN:
-            found = _time_rounds(self.k, measure, 1)
-            self.seconds[size] = [min(both) for both in zip(self.seconds[size], found, strict=True)]
-        self._n_rounds[size] += 1
-
-    def times(self, size: tuple[int, int]) -> list[float]:
-        """Seconds from one round to the next by drafted tokens, for a size of the batch that was measured."""
+    def observe(self, n_rows: int, n_slots: int, k: int, seconds: float, n_rounds: int = 1) -> None:
+        """What `n_rounds` of some rows took that drafted k tokens."""
+        size = size_of(n_rows, n_slots)
         gap = median(self.gaps) if self.gaps else 0.0
-        return [gap + one for one in self.seconds[size]]
+        self._seconds[size, k].append((seconds + gap) / n_rounds)
+        self._n_since[size, k > 0] = 0
+        self._n_since[size, k == 0] += n_rounds
+        if k == 0:
+            self.acceptance.fade()
+        for one in range(1, self.k + 1) if k == 0 else (k,):
+            if self._seconds.get((size, one)) and self._seconds.get((size, 0)):
+                if (size, one) not in self._prices:
+                    self._nearest.clear()
+                self._prices[size, one] = self.time(size, one) / self.time(size, 0)
+
+    def time(self, size: Size, k: int) -> float:
+        """Seconds from one round to the next, for a size and a number of drafts that was seen."""
+        return median_low(self._seconds[size, k])
+
+    def price(self, size: Size, k: int) -> float:
+        """Of a round that drafts k tokens, in plain rounds: as measured, or of what is most like it that was."""
+        found = self._prices.get((size, k))
+        if found is not None or not self._prices:
+            return found or _assumed(size, k)
+        if (size, k) not in self._nearest:
+            self._nearest[size, k] = min(self._prices, key=lambda seen: _distance(seen, (size, k)))
+        near = self._nearest[size, k]
+        return self._prices[near] * _assumed(size, k) / _assumed(*near)
+
+    def _trial(self, size: Size, best: int, most: int, gain: float) -> int | None:
+        """Tokens to draft for the sake of knowing; None where enough is known."""
+        if self._n_since[size, True] >= TRY_AGAIN:
+            return best
+        if self._n_since[size, False] >= TRY_AGAIN:
+            return 0
+        n_drafted, n_plain = (len(self._seconds.get((size, k), ())) for k in (best, 0))
+        is_foreseen = self._prices and (size, best) not in self._prices
+        if is_foreseen and not UNCLEAR[0] < gain < UNCLEAR[1]:
+            return None
+        if min(n_drafted, n_plain) < (ENOUGH if gain > UNCLEAR[0] else 2):
+            return best if n_drafted <= n_plain else 0
+        others = (k for k in (best + 1, best - 1) if 1 <= k <= most and (size, k) not in self._prices)
+        return next(others, None) if gain > UNCLEAR[0] else None
 
 
-def _time_rounds(k_most: int, measure: Measure, repeats: int) -> list[float]:
-    """Seconds for 0 to k_most drafted tokens; some are timed in turn, those between lie on a line."""
-    timed = sorted({0, 1, min(3, k_most), k_most})
-    for k in timed if repeats > 1 else ():  # the first time warms up
-        measure(k)
-    found = {k: float("inf") for k in timed}
-    for _ in range(repeats):
-        for k in timed:
-            found[k] = min(found[k], measure(k))
-    seconds = []
-    for k in range(k_most + 1):
-        below, above = max(t for t in timed if t <= k), min(t for t in timed if t >= k)
-        share = (k - below) / (above - below) if above > below else 0.0
-        seconds.append(found[below] + share * (found[above] - found[below]))
-    return seconds
+def size_of(n_rows: int, n_slots: int) -> Size:
+    """Batches of one size take the same time, nearly."""
+    return round(log2(n_rows)), round(log2(n_slots))
+
+
+def _assumed(size: Size, k: int) -> float:
+    """Price of a round before anything was timed."""
+    rows = float(2 ** size[0])
+    return (KNEE + rows * (k + 1)) * (1 + KEPT) / (KNEE + rows)
+
+
+def _distance(one: tuple[Size, int], other: tuple[Size, int]) -> tuple[int, int]:
+    (size, k), (other_size, other_k) = one, other
+    return sum(abs(a - b) for a, b in zip(size, other_size, strict=True)), abs(k - other_k)

@@ -3,8 +3,10 @@
     .venv/bin/python tests/benchmarks/bench_s3d.py [--adapter FOLDER] [--rows 1 2 4 8 16 32 64] [--dtypes float32]
 
 Parts, each on its own with --part: `rows`, tokens per second off, with each fixed k and auto, per rows and number
-format, with E, acceptance by place and tokens per second and GiB; `cost`, seconds of a round against a plain step, the
-speed-up that these predict and the one that is measured; `rejection`, Best-of-N with cuts off, auto and always;
+format, with E, acceptance by place and tokens per second and GiB ("auto, cold" has measured nothing before each
+call, "auto" keeps what it learnt); `cost`, seconds of a round against a plain step, the
+speed-up that these predict and the one that is measured; `rejection`, Best-of-N with cuts (--cut-tokens, --cut-keep)
+off, auto and always;
 `assisted`, one row of transformers' own generate, plain and with its early-exit drafts. Without a trained adapter,
 --kind oracle drafts what the policy will say but for a share --wrong of all places, which measures the engine and not
 the adapter; --kind random is a random policy of --width and --layers, for times alone.
@@ -16,6 +18,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from harness import medians, options, show
 from starter_runs import Starter, prompts
 
-from runtime.decoding.controller import Acceptance
+from runtime.decoding.controller import Acceptance, Controller
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutPolicy, CutSchedule
 from runtime.decoding.s3d import rounds
@@ -41,7 +44,7 @@ from runtime.rewards.protocol import Reward
 from runtime.starter import FOLDER, path
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second where a machine is shared
-SCHEDULE = CutSchedule((10, 24), (0.5, 0.5))
+COLD = "auto, cold"  # has measured nothing yet
 EXITS = (1, 2, 4)  # layers of transformers' early-exit drafts
 
 
@@ -61,6 +64,8 @@ def main() -> None:
         width=2048,
         layers=16,
         clock="wall",
+        cut_tokens=[10, 24],
+        cut_keep=[0.5, 0.5],
         part=["rows", "cost", "rejection", "assisted"],
     )
     for part in settings.part:
@@ -95,7 +100,8 @@ class Bench:
     def arms(self) -> dict[str, S3DDecoding | None]:
         """Off, always, as many as pay."""
         always = {f"k={k}": S3DDecoding(self.adapter, k) for k in self.settings.k if k <= self.adapter.config.k}
-        return {"off": None, **always, "auto": S3DDecoding(self.adapter, clock=CLOCKS[self.settings.clock])}
+        clock = CLOCKS[self.settings.clock]
+        return {"off": None, **always, **{name: S3DDecoding(self.adapter, clock=clock) for name in (COLD, "auto")}}
 
     def engine(
         self, n: int, s3d: S3DDecoding | None, cuts: CutPolicy | None = None, reward: Reward | None = None
@@ -238,17 +244,19 @@ def assisted(bench: Bench) -> list[dict[str, object]]:
 def with_rejection(bench: Bench) -> list[dict[str, object]]:
     """Best-of-N with cuts, the rewards' time included."""
     reward = ClassifierReward(load_classifier(str(path("reward")), bench.dtype, bench.settings.device))
-    asked, n = prompts(0, bench.settings.prompts), bench.settings.n
+    settings = bench.settings
+    asked, n = prompts(0, settings.prompts), settings.n
     found: list[dict[str, object]] = []
-    for title, cuts in (("best-of-n", CutSchedule()), ("with cuts", SCHEDULE)):
+    for title, cuts in (
+        ("best-of-n", CutSchedule()),
+        ("with cuts", CutSchedule(tuple(settings.cut_tokens), tuple(settings.cut_keep))),
+    ):
         scores = reward if cuts.is_cutting else None
         engines = {name: bench.engine(n, s3d, cuts, scores) for name, s3d in bench.arms().items()}
         plain = [c for answers in bench.engine(n, None).generate(asked) for c in answers]
         if bench.settings.kind == "oracle":
             bench.oracle(plain)
-        seconds = medians(
-            _runs(engines, asked), bench.settings.repeats, bench.settings.device, CLOCKS[bench.settings.clock]
-        )
+        seconds = medians(_runs(engines, asked), settings.repeats, settings.device, CLOCKS[settings.clock])
         tables = {name: [_short(c) for a in engine.generate(asked) for c in a] for name, engine in engines.items()}
         found += [
             {
@@ -266,7 +274,14 @@ def with_rejection(bench: Bench) -> list[dict[str, object]]:
 
 
 def _runs(engines: Mapping[str, Engine], asked: Sequence[Prompt]) -> dict[str, Callable[[], object]]:
-    return {name: (lambda engine=engine: list(engine.generate(asked))) for name, engine in engines.items()}
+    def run(name: str, engine: Engine) -> object:
+        if name == COLD:
+            assert isinstance(engine.steps, rounds.S3DRounds) and engine.steps.controller is not None
+            config = engine.steps.s3d.adapter.config
+            engine.steps.controller = Controller(config.k, config.rates)
+        return list(engine.generate(asked))
+
+    return {name: partial(run, name, engine) for name, engine in engines.items()}
 
 
 def _short(candidate: Candidate) -> tuple[object, ...]:

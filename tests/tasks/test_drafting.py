@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -16,7 +17,8 @@ from tasks.drafting import adapter_identity, plan_drafting
 from tasks.errors import ConfigError
 from tasks.generate import cut_policy, open_engine
 from tasks.models import open_reward
-from tasks.settings import GenerateConfig
+from tasks.settings import GenerateConfig, PipelineConfig
+from tests.tasks.test_chain import run_chain
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,36 @@ def test_candidates_are_the_same_with_s3d(
     for plain, found in zip(sum(draw(), []), sum(draw(s3d=s3d), []), strict=True):
         assert (found.token_ids, found.finish_reason) == (plain.token_ids, plain.finish_reason)
         assert found.cuts == plain.cuts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_tables_and_winners_are_the_same_off_auto_and_always(tmp_path: Path) -> None:
+    """The starter with its adapter through generate and score, cuts by default: every column of every candidate."""
+
+    def table(s3d: str) -> list[dict[str, object]]:
+        config = PipelineConfig.model_validate(
+            {
+                "name": "s3d",
+                "ingest": {"source": "starter", "max_prompts": 6},
+                "generate": {"n": 16, "s3d": s3d, "threads": 1, "shard_prompts": 4},
+                "score": {"threads": 1},
+            }
+        )
+        lake = run_chain(config, str(tmp_path / s3d), until="score")
+        return lake.read_table(lake.resolve("candidates/s3d"), "candidates").to_pylist()
+
+    def winners(rows: list[dict[str, Any]]) -> dict[str, int]:
+        scored = [row for row in rows if row["score"] is not None]
+        return {row["prompt_id"]: row["candidate_index"] for row in sorted(scored, key=lambda row: row["score"])}
+
+    plain = table("off")
+    assert len(plain) >= 4 * 16
+    assert {"cut", "eos"} <= {row["finish_reason"] for row in plain}
+    for s3d in ("auto", "4"):
+        found = table(s3d)
+        assert found == plain
+        assert winners(found) == winners(plain)
 
 
 @pytest.mark.parametrize("value", ["on", "-1", "17", "4.0", ""])

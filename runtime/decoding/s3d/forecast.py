@@ -1,9 +1,12 @@
 """What S3D is worth on this machine before anything is drawn: measured rounds, and acceptance measured in training."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
+from statistics import median
 
-from runtime.decoding.controller import Acceptance
+from runtime.decoding.controller import Acceptance, Controller
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.s3d.adapter import S3DAdapter
@@ -13,7 +16,7 @@ from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel, PromptFormat
 from runtime.records import Prompt
 
-N_TIMED = 4  # full rounds of an answer
+N_TIMED = 5  # rounds at least of each number of drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ def forecast(
     clock: Clock,
     prompt_format: PromptFormat = "chat",
 ) -> list[Forecast]:
-    """One per number of rows; each takes some twenty rounds. ModelError for an adapter of unknown acceptance."""
+    """One per number of rows; each takes some thirty rounds. ModelError for an adapter of unknown acceptance."""
     rates = adapter.config.rates
     if not rates:
         raise ModelError("the S3D adapter does not say how often its drafts are accepted; run `winnow adapt`")
@@ -52,14 +55,49 @@ def round_seconds(
     policy: LoadedModel, s3d: S3DDecoding, prompt: Prompt, rows: int, prompt_format: PromptFormat = "chat"
 ) -> list[float]:
     """Seconds from round to round by drafted tokens, while `rows` answers to `prompt` begin."""
-    sampling = SamplingConfig(n=rows, max_new_tokens=N_TIMED * (s3d.adapter.config.k + 1))
-    engine = Engine(policy, sampling, CutSchedule(), None, rows, prompt_format, s3d=s3d)
+    turns = InTurn(s3d.adapter.config.k, rows)
+    n_tokens = 1 + N_TIMED * sum(k + 1 for k in turns.timed)
+    engine = Engine(
+        policy, SamplingConfig(n=rows, max_new_tokens=n_tokens), CutSchedule(), None, rows, prompt_format, s3d=s3d
+    )
+    assert isinstance(engine.steps, S3DRounds)
+    engine.steps.controller = turns
+    engine.is_stop[:] = False  # all rows go on
     [answers] = engine.generate([prompt])
-    assert isinstance(engine.steps, S3DRounds) and engine.steps.controller is not None
-    controller = engine.steps.controller
-    if not controller.seconds:
+    if not turns.found:
         raise InputError(f"no round can be timed: {answers[0].error}")
-    return controller.times(next(iter(controller.seconds)))
+    return turns.seconds()
+
+
+class InTurn(Controller):
+    """Drafts 0, 1, 3 and k tokens by turns and keeps what rounds of all `rows` took."""
+
+    def __init__(self, k: int, rows: int) -> None:
+        super().__init__(k)
+        self.rows = rows
+        self.timed = sorted({0, 1, min(3, k), k})
+        self.found: defaultdict[int, list[float]] = defaultdict(list)
+        self._turn = cycle(self.timed)
+
+    def choose(self, rooms: Sequence[int], n_slots: int) -> int:
+        """The next one's turn."""
+        return next(self._turn)
+
+    def observe(self, n_rows: int, n_slots: int, k: int, seconds: float, n_rounds: int = 1) -> None:
+        """See Controller."""
+        if n_rows == self.rows:
+            self.found[k].append(seconds / n_rounds)
+
+    def seconds(self) -> list[float]:
+        """For 0 to k drafted tokens, with the time between rounds; what was not timed lies on a line."""
+        gap = median(self.gaps)
+        timed = {k: gap + median(self.found[k]) for k in self.timed}
+        seconds = []
+        for k in range(self.k + 1):
+            below, above = max(t for t in timed if t <= k), min(t for t in timed if t >= k)
+            share = (k - below) / (above - below) if above > below else 0.0
+            seconds.append(timed[below] + share * (timed[above] - timed[below]))
+        return seconds
 
 
 def _best(rows: int, expected: Sequence[float], seconds: Sequence[float]) -> Forecast:

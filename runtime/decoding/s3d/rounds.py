@@ -69,10 +69,12 @@ class S3DRounds:
         if len(active) > MOST_ACTIVE * len(rooms):  # leaving so few out costs more than it saves
             active = list(range(len(rooms)))
         rooms = [rooms[row] for row in active]
-        k = min(self._wanted(state, active, rooms), max(rooms) - 1)
+        n_slots = state.arena.n_slots + max(state.arena.prompt_lengths)
+        k = min(self._wanted(rooms, n_slots), max(rooms) - 1)
+        started = self._now()
         if k == 0 and len(active) == state.arena.n_rows and min(rooms) > 0:
             n_steps = self.plain.advance(state, rooms)
-            self._note_end()
+            self._learn(state, (len(active), n_slots, 0), started, n_steps)
             return n_steps
         verdict, index = self._round(state, k, active, [min(k + 1, room) for room in rooms])
         if verdict.lead is not None:
@@ -80,26 +82,27 @@ class S3DRounds:
         state.arena.row_tokens[index] += verdict.counts
         state.rows.append_blocks(index, verdict.tokens, verdict.counts)
         self._report(verdict, k, rooms)
+        self._learn(state, (len(active), n_slots, k), started)
         return k + 1
 
-    def _wanted(self, state: State, active: list[int], rooms: Sequence[int]) -> int:
+    def _wanted(self, rooms: list[int], n_slots: int) -> int:
         if self.controller is None:
             return self.k
-        clock = self.s3d.clock
-        assert clock is not None
         if self._ended is not None:
-            self.controller.gaps.append(clock() - self._ended)
-            self._ended = None
-        n_slots = state.arena.n_slots + max(state.arena.prompt_lengths)
-        return self.controller.choose(rooms, n_slots, lambda k: self._seconds(state, active, k, clock))
+            self.controller.gaps.append(self._now() - self._ended)
+        return self.controller.choose(rooms, n_slots)
 
-    def _seconds(self, state: State, active: list[int], k: int, clock: Clock) -> float:
-        """Time a round whose result is dropped; what it stores lies behind the rows' lengths."""
-        _wait(state)
-        started = clock()
-        self._round(state, k, active, [1] * len(active))
-        _wait(state)
-        return clock() - started
+    def _now(self) -> float:
+        return self.s3d.clock() if self.controller is not None and self.s3d.clock is not None else 0.0
+
+    def _learn(self, state: State, round_: tuple[int, int, int], started: float, n_rounds: int = 1) -> None:
+        """Tell the controller what a round took: rows, slots, drafted tokens."""
+        if self.controller is None:
+            return
+        if state.rows.last.is_cuda:
+            torch.cuda.synchronize()
+        self._ended = self._now()
+        self.controller.observe(*round_, self._ended - started, n_rounds)
 
     def _round(self, state: State, k: int, active: list[int], limits: list[int]) -> tuple[Verdict, Tensor]:
         """The next tokens of some rows, and which rows these are, (rows,)."""
@@ -134,13 +137,3 @@ class S3DRounds:
         reached = [sum(d > place <= a for d, a in zip(drafted, accepted, strict=True)) for place in range(self.k)]
         stayed = [sum(a > place for a in accepted) for place in range(self.k)]
         self.controller.acceptance.observe(reached, stayed)
-        self._note_end()
-
-    def _note_end(self) -> None:
-        if self.s3d.clock is not None:
-            self._ended = self.s3d.clock()
-
-
-def _wait(state: State) -> None:
-    if state.rows.last.is_cuda:
-        torch.cuda.synchronize()

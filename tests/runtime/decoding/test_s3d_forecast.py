@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from runtime.decoding.s3d.adapter import S3DAdapter
-from runtime.decoding.s3d.forecast import Forecast, forecast
-from runtime.decoding.s3d.rounds import S3DRounds
+from runtime.decoding.s3d.forecast import Forecast, InTurn, forecast
 from runtime.errors import InputError, ModelError
 from runtime.models import LoadedModel
 from runtime.records import Message, Prompt
@@ -23,7 +22,11 @@ def rounds_take(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let rounds take given seconds by drafted tokens."""
 
     def install(*seconds: float) -> None:
-        monkeypatch.setattr(S3DRounds, "_seconds", lambda self, state, active, k, clock: seconds[k])
+        def observe(self: InTurn, n_rows: int, n_slots: int, k: int, _seconds: float, n_rounds: int = 1) -> None:
+            original(self, n_rows, n_slots, k, seconds[k] * n_rounds, n_rounds)
+
+        original = InTurn.observe
+        monkeypatch.setattr(InTurn, "observe", observe)
 
     return install
 
