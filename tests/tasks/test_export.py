@@ -128,12 +128,13 @@ def test_the_curves_of_a_bundle_are_a_table_of_the_lake(lake: Lake) -> None:
 
 
 def test_a_bundle_has_its_pictures_and_says_what_memory_buys(lake: Lake) -> None:
-    stats, _ = _run(lake)
+    stats, folder = _run(lake)
     ref = lake.resolve("bundles/main")
     assert [picture.key for picture in stage_pictures(lake, ref)] == ["hot-cold", "recall"]
     plans = stats["plans"]
     assert [row["hit_rate"] for row in plans] == sorted(row["hit_rate"] for row in plans)
     assert plans[-1]["neurons_in_memory"] == plans[-1]["hit_rate"] == 1
+    assert open_bundle(folder).manifest.plan == {"max_tokens": 1024, "shares": plans}
 
 
 def test_half_of_the_neurons_give_the_answer_that_all_of_them_give(lake: Lake) -> None:
