@@ -85,7 +85,7 @@ def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText,
     from runtime.edge.quality import quality
 
     settings = edge_settings(config)
-    gguf.check_powerinfer(loaded.model, config.gguf_type)  # before an hour of calibration
+    gguf.check_powerinfer(loaded, config.gguf_type)  # before an hour of calibration
     found = measure(loaded, text.fitted, text.held_out, settings)
     sparsity = Sparsity(found.predictors, found.placements)
     path = folder / POWERINFER_FILE
