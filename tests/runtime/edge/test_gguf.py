@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from runtime.edge.bundle_write import write_bundle
 from runtime.edge.gguf import GgufSettings, GgufType, write_gguf, write_powerinfer
 from runtime.edge.gguf_gpuidx import write_gpuidx
-from runtime.edge.gguf_lint import problems
+from runtime.edge.gguf_lint import open_gguf, problems, value_of
+from runtime.edge.gguf_read import sparse_model
 from runtime.edge.gguf_weights import Sparsity
 from runtime.edge.network import ffn_layers, shape_of
 from runtime.edge.predictor import gate_predictor, oracle
 from runtime.edge.records import LayerPlacement
+from runtime.edge.sparse import sparse
 from runtime.errors import ConfigError, ModelError
 from runtime.models import LoadedModel, load_policy, quiet
 from runtime.starter import path as starter
@@ -134,6 +136,22 @@ def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_p
             wanted = layer.mlp(normed)
         assert (found - wanted).norm() / wanted.norm() < 2e-3
         assert 0.2 < is_computed.float().mean() < 0.8
+
+
+def test_more_than_ten_layers_and_a_rope_base_are_where_powerinfer_reads_them(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 640}
+    parameters = {"rope_theta": 5000.0, "rope_type": "default"}  # where transformers 5 has it
+    deep = replace(wide, model=gated_model(**sizes, initializer_range=0.1, rope_parameters=parameters))
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, deep, exact(deep.model))
+    assert value_of(open_gguf(path), "llama.rope.freq_base") == 5000.0
+    assert value_of(open_gguf(path), "llama.block_count") == 12
+    found, predictors = sparse_model(path, deep.model)
+    with sparse(found, predictors, [0.0] * 12):
+        largest, agreement = difference(deep.model, found)
+    assert largest < 0.02 and agreement == 1.0
 
 
 def test_a_tied_model_gets_an_output_matrix_of_its_own_for_powerinfer(wide: LoadedModel, tmp_path: Path) -> None:
