@@ -30,6 +30,7 @@ def chat(
     source: Annotated[str, typer.Argument(help="bundles/NAME, a bundle's folder, starter, models/NAME or a folder.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop.")] = None,
     budget: BudgetOption = None,
+    hardware: Annotated[Path | None, typer.Option(help="TOML file of this machine: run as plan-edge plans.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
@@ -43,7 +44,7 @@ def chat(
 
     if as_json and prompt is None:
         raise ConfigError("--json answers one prompt; give it with --prompt")
-    talker = open_talker(source, Lake.open(lake), parse_budget(budget), verify)
+    talker = open_talker(source, Lake.open(lake), parse_budget(budget), verify, hardware)
     how = Answering(max_new_tokens, temperature, seed)
     if prompt is not None:
         _one(talker, prompt, how, as_json)
@@ -96,9 +97,11 @@ def probe(
 
 def _one(talker: "Talker", prompt: str, how: "Answering", as_json: bool) -> None:
     text = _answer(talker, [("user", prompt)], how, echo=not as_json)
-    report = talker.report()
+    report, plan = talker.report(), talker.plan
     if as_json:
-        emit({"answer": text, "report": report and dataclasses.asdict(report)})
+        speed = report.n_tokens / report.seconds if report and report.seconds else None
+        found = {"answer": text, "report": report and dataclasses.asdict(report), "tokens_per_s": speed}
+        emit(found | {"plan": plan and plan.to_json()})
 
 
 def _many(talker: "Talker", how: "Answering") -> None:
@@ -126,7 +129,8 @@ def _answer(talker: "Talker", turns: list[tuple[str, str]], how: "Answering", ec
     report = talker.report()
     if echo and report is not None:
         memory, share = report.memory, f"{report.hit_rate:.1%} of neurons were in memory"
-        speed = f"{report.n_tokens / report.seconds:.1f} tokens/s, " if report.seconds else ""
+        planned = f" ({talker.plan.tokens_per_s:.1f} predicted)" if talker.plan else ""
+        speed = f"{report.n_tokens / report.seconds:.1f} tokens/s{planned}, " if report.seconds else ""
         messages().print(f"{speed}{share}, {report.read_bytes >> 20} MiB read, {memory.total >> 20} MiB in memory")
     return text
 

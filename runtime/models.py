@@ -91,13 +91,7 @@ def load_policy_4bit(source: str) -> LoadedModel:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or hub name, for a model that is served elsewhere."""
-    folder = _resolve(source)
-    try:
-        with quiet():
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"cannot load the tokenizer of {source!r}: {_first_line(error)}") from error
-    return found
+    return _tokenizer(_resolve(source), source)
 
 
 def content_hash(source: str) -> str:
@@ -225,7 +219,6 @@ def _load(
                 **(extra or {}),
             )
             model, info = cast(tuple[PreTrainedModel, dict[str, Iterable[str]]], found)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if "device_map" not in (extra or {}):
             cast(torch.nn.Module, model).to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -238,7 +231,19 @@ def _load(
             f"{source!r} lacks weights of {type(model).__name__} ({names}); is it the right kind of model?"
         )
     # from_pretrained leaves the model in evaluation mode.
-    return LoadedModel(model, tokenizer, source, content_hash(source))
+    return LoadedModel(model, _tokenizer(folder, source), source, content_hash(source))
+
+
+def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+    try:
+        with quiet():
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its files may come from anywhere, and the library raises what it likes about them
+        reason = f"{type(error).__name__}: {_first_line(error)}"[:200]
+        raise ModelError(
+            f"cannot load the tokenizer of {source!r}: {reason}; give a folder written by save_pretrained"
+        ) from error
+    return found
 
 
 @contextmanager
@@ -295,7 +300,10 @@ def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool) -> list[int]:
-    return cast(list[int], tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    try:
+        return cast(list[int], tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except Exception as error:  # of a type that has no other name, where a vocabulary has no token for a text
+        raise InputError(f"the tokenizer cannot encode the text: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -70,12 +70,18 @@ def open_bundle(source: str, lake: Lake, verify: bool = True) -> "Bundle":
 
 def plan_bundle(source: str, lake: Lake, hardware: "Hardware", budget: Budget, tokens_per_s: float | None) -> "Plan":
     """The plan for a budget, or for a speed."""
-    from runtime.edge.budget import DTYPES, RunSettings, budget_of, needs
-    from runtime.edge.planner import plan, plan_for_speed
+    return plan_of(open_bundle(source, lake, verify=False), hardware, budget, tokens_per_s)
+
+
+def plan_of(bundle: "Bundle", hardware: "Hardware", budget: Budget, tokens_per_s: float | None = None) -> "Plan":
+    """The same for an opened bundle."""
+    from runtime.edge.budget import DTYPES, budget_of, needs
+    from runtime.edge.bundle import check_resident
+    from runtime.edge.planner import plan, plan_for_speed, settings_for
     from runtime.edge.skeleton import build
 
-    bundle = open_bundle(source, lake, verify=False)
     resident = bundle.resident()
+    check_resident(bundle, resident)
     dtype = DTYPES[bundle.manifest.dtype]
     found = needs(bundle.manifest, resident, build(bundle.manifest, resident, dtype).config)
     max_tokens = context_of(bundle)
@@ -83,7 +89,7 @@ def plan_bundle(source: str, lake: Lake, hardware: "Hardware", budget: Budget, t
         return plan_for_speed(found, hardware, tokens_per_s, max_tokens)
     n_bytes = budget.n_bytes
     if budget.share is not None:
-        n_bytes = budget_of(found, RunSettings(max_tokens=max_tokens), dtype, budget.share)
+        n_bytes = budget_of(found, settings_for(hardware, max_tokens), dtype, budget.share)
     return plan(found, hardware, n_bytes, max_tokens)
 
 
@@ -113,6 +119,7 @@ class Talker(Protocol):
     """A bundle or a model that answers."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    plan: "Plan | None"
 
     def answer(self, ids: list[int], how: Answering, on_token: Callable[[int], object]) -> list[int]:
         """New token ids after `ids`."""
@@ -124,9 +131,9 @@ class Talker(Protocol):
 
 
 class BundleTalker:
-    """A bundle under a budget."""
+    """A bundle under a budget, run as a plan for a described machine says."""
 
-    def __init__(self, bundle: "Bundle", budget: Budget) -> None:
+    def __init__(self, bundle: "Bundle", budget: Budget, hardware: "Hardware | None" = None) -> None:
         from runtime.edge.budget import RunSettings
         from runtime.edge.engine import EdgeModel
         from runtime.models import load_tokenizer
@@ -134,8 +141,13 @@ class BundleTalker:
         if bundle.tokenizer is None:
             raise ModelError(f'"{bundle.folder}" has no tokenizer; export it again from a model that has one')
         self.tokenizer = load_tokenizer(str(bundle.tokenizer))
-        settings = RunSettings(max_tokens=context_of(bundle))
-        self.model: EdgeModel = EdgeModel(bundle, budget.n_bytes, settings, budget.share)
+        self.plan = None if hardware is None else plan_of(bundle, hardware, budget)
+        if self.plan is not None:
+            settings = self.plan.settings(context_of(bundle))
+            self.model: EdgeModel = EdgeModel(bundle, self.plan.budget_bytes, settings)
+        else:
+            settings = RunSettings(max_tokens=context_of(bundle))
+            self.model = EdgeModel(bundle, budget.n_bytes, settings, budget.share)
 
     def answer(self, ids: list[int], how: Answering, on_token: Callable[[int], object]) -> list[int]:
         """See Talker."""
@@ -154,6 +166,7 @@ class ModelTalker:
 
     def __init__(self, loaded: "LoadedModel") -> None:
         self.loaded, self.tokenizer = loaded, loaded.tokenizer
+        self.plan: Plan | None = None
 
     def answer(self, ids: list[int], how: Answering, on_token: Callable[[int], object]) -> list[int]:
         """See Talker."""
@@ -183,15 +196,18 @@ class ModelTalker:
         return None
 
 
-def open_talker(source: str, lake: Lake, budget: Budget, verify: bool) -> Talker:
-    """A bundle where `source` is one, else a model."""
+def open_talker(source: str, lake: Lake, budget: Budget, verify: bool, hardware: Path | None = None) -> Talker:
+    """A bundle where `source` is one, else a model. hardware: file of a machine that the bundle is planned for."""
+    from runtime.edge.hardware import load
     from tasks.models import use_threads
 
     use_threads(1)
     if source.startswith("bundles/") or bundle_folder(source, lake) is not None:
-        return BundleTalker(open_bundle(source, lake, verify), budget)
-    if budget != Budget():
-        raise ConfigError(f'a budget needs a bundle, and "{source}" is none; make one with `winnow export`')
+        described = None if hardware is None else load(hardware)
+        return BundleTalker(open_bundle(source, lake, verify), budget, described)
+    for name, given in (("budget", budget != Budget()), ("plan for a machine", hardware is not None)):
+        if given:
+            raise ConfigError(f'a {name} needs a bundle, and "{source}" is none; make one with `winnow export`')
     return ModelTalker(load_policy_model(model_path(source, "policy", lake), "float32", "cpu"))
 
 

@@ -37,7 +37,9 @@ def prepare(config: ExportConfig, lake: Lake) -> Step:
 
 
 def check_format(config: ExportConfig, model: str, lake: Lake) -> None:
-    """ModelError when what is to be exported, or trained first, has an architecture that the format cannot hold."""
+    """ModelError when what is to be exported, or trained first, has an architecture or a vocabulary that the format
+    cannot hold.
+    """
     path = Path(model_path(model, "policy", lake)) / "config.json"
     if config.format == "hf" or not path.is_file():
         return
@@ -45,6 +47,12 @@ def check_format(config: ExportConfig, model: str, lake: Lake) -> None:
 
     found = json.loads(path.read_text(encoding="utf-8"))
     check_architecture(str(found.get("model_type")), str(found.get("hidden_act", found.get("hidden_activation"))))
+    if config.format in ("gguf", "powerinfer"):
+        from runtime.edge.gguf_vocab import vocabulary
+        from runtime.models import load_tokenizer
+
+        if isinstance(found.get("vocab_size"), int):  # loading the model says what is wrong with others
+            vocabulary(load_tokenizer(str(path.parent)), found["vocab_size"])
 
 
 @task(name="export", persist_result=False, **RETRIES)

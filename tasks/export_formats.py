@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tasks.calibration_text import CalibrationText
 from tasks.settings import ExportConfig
@@ -53,7 +53,6 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
     from runtime.edge.bundle_write import Contents
     from runtime.edge.bundle_write import write_bundle as write
     from runtime.edge.measure import check_engine, measure
-    from runtime.edge.plans import plans
     from runtime.edge.quality import engine_delta
 
     settings = edge_settings(config)
@@ -69,10 +68,11 @@ def write_bundle(folder: Path, loaded: "LoadedModel", text: CalibrationText, con
         group=config.group,
         quality=figures(found.quality) | promise,
     )
-    write(folder, contents)
+    manifest = write(folder, contents)
     delta = engine_delta(folder, loaded.model, text.held_out)
     check_engine(delta, settings)
-    return Made(found.quality, found, delta, plans(folder))
+    plans = cast(Sequence[Mapping[str, float | int]], manifest.plan["shares"])
+    return Made(found.quality, found, delta, plans)
 
 
 def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText, config: ExportConfig) -> Made:
@@ -85,7 +85,7 @@ def write_powerinfer(folder: Path, loaded: "LoadedModel", text: CalibrationText,
     from runtime.edge.quality import quality
 
     settings = edge_settings(config)
-    gguf.check_powerinfer(loaded.model, config.gguf_type)  # before an hour of calibration
+    gguf.check_powerinfer(loaded, config.gguf_type)  # before an hour of calibration
     found = measure(loaded, text.fitted, text.held_out, settings)
     sparsity = Sparsity(found.predictors, found.placements)
     path = folder / POWERINFER_FILE

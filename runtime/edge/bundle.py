@@ -70,7 +70,7 @@ def check_resident(bundle: Bundle, resident: Mapping[str, Tensor]) -> None:
     manifest, shape = bundle.manifest, bundle.manifest.shape
     for index in range(shape.n_layers):
         wanted: dict[str, tuple[int, ...]] = {"order": (shape.intermediate,), "frequency": (shape.intermediate,)}
-        rank = next(iter(resident.get(f"edge.{index}.fc1", torch.empty(0, 0)).shape))
+        rank = next(iter(resident.get(f"edge.{index}.fc1", torch.empty(0)).shape), 0)
         if manifest.record.has_gate:
             wanted |= {"fc1": (rank, shape.hidden), "fc2": (manifest.n_cold(index), rank)}
         else:
@@ -82,6 +82,9 @@ def check_resident(bundle: Bundle, resident: Mapping[str, Tensor]) -> None:
             found = resident.get(f"edge.{index}.{name}")
             if found is None or tuple(found.shape) != expected or found.dtype != _edge_dtype(manifest, name):
                 raise BundleError(f"{RESIDENT} lacks edge.{index}.{name} {list(expected)}; export the bundle again")
+        frequency = resident[f"edge.{index}.frequency"]
+        if not ((frequency >= 0) & (frequency <= 1)).all():
+            raise BundleError(f"edge.{index}.frequency has values that are no shares; export the bundle again")
 
 
 def _edge_dtype(manifest: Manifest, name: str) -> torch.dtype:

@@ -4,7 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -16,9 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from runtime.edge.budget import RunSettings, needs
+from runtime.edge.bundle import Bundle
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.manifest import MANIFEST, NEURONS, RESIDENT, FileEntry, LayerEntry, Manifest, check_places
 from runtime.edge.network import shape_of
+from runtime.edge.plans import plans
 from runtime.edge.quantise import DEFAULT_GROUP, FLOATS, quantise
 from runtime.edge.records import LayerPlacement, LayerPredictor, Matrix, Profile, WeightFormat
 from runtime.edge.skeleton import config_of
@@ -44,13 +47,12 @@ class Contents:
     group: int = DEFAULT_GROUP
     block: int | None = None  # neurons that are computed together
     quality: Mapping[str, object] = field(default_factory=dict)
-    plan: Mapping[str, object] = field(default_factory=dict)
 
 
 def write_bundle(folder: Path, contents: Contents) -> Manifest:
     """Write a bundle into `folder`, which must be new or empty; nothing is left of one that fails."""
     _check(contents)
-    config = config_of(contents.model)
+    config, n_neurons = config_of(contents.model), contents.profile.shape.intermediate
     with _new(folder):
         files = _copy_tokenizer(contents.tokenizer, folder)
         files[RESIDENT] = _write_resident(folder / RESIDENT, contents)
@@ -61,13 +63,13 @@ def write_bundle(folder: Path, contents: Contents) -> Manifest:
             weight_format=contents.weight_format,
             group=contents.group,
             dtype=_dtype(contents),
-            block=contents.block or _block(contents.profile.shape.intermediate),
+            block=contents.block or min(_block(n_neurons), n_neurons),
             layers=tuple(layers),
             files=files,
             quality=contents.quality,
-            plan=contents.plan,
         )
         check_places(manifest)
+        manifest = replace(manifest, plan=_plan(Bundle(folder, manifest), contents.model))
         (folder / MANIFEST).write_text(manifest.to_json())
     return manifest
 
@@ -107,6 +109,12 @@ def _new(folder: Path) -> Iterator[None]:
 def _block(n_neurons: int) -> int:
     """Few operations per layer, and small caches for small models: a layer's cache holds a block at least."""
     return max(8, min(MOST_BLOCK, n_neurons // BLOCKS_PER_LAYER // 8 * 8))
+
+
+def _plan(bundle: Bundle, model: PreTrainedModel) -> dict[str, object]:
+    """What memory buys, by what was written."""
+    found = needs(bundle.manifest, bundle.resident(), model.config)
+    return {"max_tokens": RunSettings().max_tokens, "shares": plans(found)}
 
 
 def _dtype(contents: Contents) -> str:

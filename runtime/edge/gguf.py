@@ -3,7 +3,6 @@
 Refuses what those clients would get wrong without a word; every file is read again and checked by `gguf_lint`.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from runtime.edge.gguf_lint import PWRI, check
+from runtime.edge.gguf_lint import FILE_TYPES, PWRI, check, whole_file, write_out
 from runtime.edge.gguf_vocab import Vocabulary, vocabulary
 from runtime.edge.gguf_weights import Sparsity, tensors
 from runtime.edge.network import shape_of
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
 GgufType = Literal["F32", "F16", "Q8_0", "Q4_0"]
-FILE_TYPES: dict[GgufType, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 POWERINFER_TYPES = ("F16", "Q4_0")
 NAMES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 BLOCK = 32  # columns that share a scale in Q8_0 and Q4_0
@@ -48,15 +46,17 @@ def write_powerinfer(
     path: Path, loaded: LoadedModel, sparsity: Sparsity, settings: GgufSettings = GgufSettings()
 ) -> None:
     """For PowerInfer's sparse engine. Its order of neurons is the placement's."""
-    check_powerinfer(loaded.model, settings.type)
+    check_powerinfer(loaded, settings.type)
     if {predictor.kind for predictor in sparsity.predictors} & {"gate"}:
         raise ConfigError('predictor = "gate": PowerInfer needs a predictor per layer; use low_rank, mlp or oracle')
     _write(path, loaded, settings, sparsity)
 
 
-def check_powerinfer(model: PreTrainedModel, type: GgufType) -> None:
+def check_powerinfer(loaded: LoadedModel, type: GgufType) -> None:
     """ModelError or ConfigError for what PowerInfer cannot run, or runs wrongly without saying so."""
+    model = loaded.model
     _check_model(model)
+    vocabulary(loaded.tokenizer, cast(Any, model.config).vocab_size)
     shape, kind = shape_of(model), str(cast(Any, model.config).model_type)
     if NAMES[kind] != "llama":
         raise ModelError(f'architecture "{kind}" is unknown to PowerInfer; use format = gguf or bundle')
@@ -92,23 +92,17 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _write(path: Path, loaded: LoadedModel, settings: GgufSettings, sparsity: Sparsity | None) -> None:
-    """Under another name until it is whole and checked."""
-    if path.exists():
-        raise ConfigError(f'"{path}" exists already; give the path of a new file')
-    part = path.with_name(f"{path.name}.part")
-    try:
+    config = cast(Any, loaded.model.config)
+    expected = {
+        "general.file_type": FILE_TYPES[settings.type],
+        f"{NAMES[config.model_type]}.rope.freq_base": float(np.float32(config.rope_parameters["rope_theta"])),
+    }
+    with whole_file(path) as part:
         _write_part(part, loaded, settings, sparsity)
         if sparsity is not None:
             with part.open("r+b") as file:
                 file.write(PWRI)
-        check(part)
-        part.rename(path)
-    except OSError as error:
-        raise ConfigError(
-            f'"{path}" cannot be written: {error.strerror or error}; give a writable disk with room for it'
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        check(part, expected)
 
 
 def _write_part(part: Path, loaded: LoadedModel, settings: GgufSettings, sparsity: Sparsity | None) -> None:
@@ -120,16 +114,7 @@ def _write_part(part: Path, loaded: LoadedModel, settings: GgufSettings, sparsit
     _add_vocabulary(writer, vocabulary(loaded.tokenizer, config.vocab_size), loaded)
     for name, values in tensors(loaded.model, sparsity):
         _add_tensor(writer, name, values, settings.type)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.flush()
-    except OSError:
-        with suppress(OSError):  # the first failure says what is wrong
-            writer.close()
-        raise
-    writer.close()
+    write_out(writer)
 
 
 def _add_keys(writer: "GGUFWriter", config: Any, settings: GgufSettings, is_sparse: bool) -> None:

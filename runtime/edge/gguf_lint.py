@@ -1,15 +1,17 @@
 """Whether a GGUF file is what its clients read without a silent mistake; every file that is written here passes."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from runtime.errors import ModelError
+from runtime.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import GGUFReader, GGUFWriter, ReaderTensor
 
 PWRI, GGUF = b"PWRI", b"GGUF"
 SPARSE_ARCHITECTURES = ("llama", "bamboo")
@@ -28,36 +30,84 @@ NUMBERS = (
     "rope.freq_base",
 )
 LAYER = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up")
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
+# What reading a file raises that ends early, or was not written by a program.
+UNREADABLE = (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError)
 OPTIONAL = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_q_norm.weight", "attn_k_norm.weight")
 
 
-def check(path: Path) -> None:
-    """ModelError with the first thing that is wrong."""
-    found = problems(path)
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name to write a file under; it gets its own when it is whole and checked, and nothing is left of others."""
+    if path.exists():
+        raise ConfigError(f'"{path}" exists already; give the path of a new file')
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        part.rename(path)
+    except OSError as error:
+        raise ConfigError(
+            f'"{path}" cannot be written: {error.strerror or error}; give a writable disk with room for it'
+        ) from error
+    finally:
+        with suppress(OSError):  # of a disk that cannot be written to, the first failure says what is wrong
+            part.unlink(missing_ok=True)
+
+
+def write_out(writer: "GGUFWriter") -> None:
+    """Everything that was added, and close the file."""
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.flush()
+    except OSError:
+        with suppress(OSError):  # the first failure says what is wrong
+            writer.close()
+        raise
+    writer.close()
+
+
+def check(path: Path, expected: Mapping[str, object]) -> None:
+    """ModelError with the first thing that is wrong. expected: keys that follow from the model, with their values."""
+    raise_first(path, problems(path, expected))
+
+
+def raise_first(path: Path, found: Sequence[str]) -> None:
+    """ModelError with the first of what was found."""
     if found:
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise ModelError(f'"{path}": {found[0]}{more}')
 
 
-def problems(path: Path) -> list[str]:
-    """Everything that is wrong with a file, in words."""
+def problems(path: Path, expected: Mapping[str, object] | None = None) -> list[str]:
+    """Everything that is wrong with a file, by itself and by what is expected of its keys, in words."""
     with path.open("rb") as file:
         magic = file.read(4)
     if magic not in (PWRI, GGUF):
         return [f"magic is {magic!r}; GGUF files begin with GGUF, PowerInfer's with PWRI"]
     try:
         reader = open_gguf(path)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+    except UNREADABLE as error:
         return [f"cannot be read to its end: {error}"]
     is_sparse = magic == PWRI
     found = _keys(reader, is_sparse)
     if found:
         return found
-    return [*_tensors(reader, is_sparse), *_vocabulary(reader), *(_powerinfer(reader) if is_sparse else [])]
+    for key, value in (expected or {}).items():
+        if value_of(reader, key) != value:
+            found.append(f"{key} is {value_of(reader, key)}, where the model has {value}")
+    return [
+        *found,
+        *_file_type(reader),
+        *_tensors(reader, is_sparse),
+        *_vocabulary(reader),
+        *(_powerinfer(reader) if is_sparse else []),
+    ]
 
 
-def open_gguf(path: Path) -> "GGUFReader":
-    """A file with either magic, memory-mapped."""
+def open_gguf(path: Path, types: Mapping[int, int] | None = None) -> "GGUFReader":
+    """A file with either magic, memory-mapped. types: today's number of each type of tensor that there may be."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
@@ -66,6 +116,14 @@ def open_gguf(path: Path) -> "GGUFReader":
         def _get(self, offset: int, *arguments: Any, **more: Any) -> Any:
             found = super()._get(offset, *arguments, **more)
             return np.frombuffer(GGUF, dtype=np.uint32) if offset == 0 else found
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            for field in fields if types else ():
+                number = int(field.parts[4][0])
+                if number not in types:
+                    raise ValueError(f"{field.name} has type {number}, not {', '.join(map(str, types))}")
+                field.parts[4] = np.array([types[number]], dtype=np.uint32)
+            super()._build_tensors(start_offs, fields)
 
     return Reader(path)
 
@@ -119,6 +177,14 @@ def _shapes(reader: "GGUFReader", is_sparse: bool) -> dict[str, tuple[int | None
 def _head_dim(reader: "GGUFReader") -> int:
     architecture = value_of(reader, "general.architecture")
     return cast(int, value_of(reader, f"{architecture}.rope.dimension_count"))
+
+
+def _file_type(reader: "GGUFReader") -> list[str]:
+    """Clients show it, and some choose kernels by it."""
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    kind, number = kinds.get("blk.0.attn_q.weight"), value_of(reader, "general.file_type")
+    wanted = FILE_TYPES.get(str(kind))
+    return [] if wanted in (None, number) else [f"general.file_type is {number}, but matrices are {kind} ({wanted})"]
 
 
 def _tensors(reader: "GGUFReader", is_sparse: bool) -> list[str]:

@@ -3,12 +3,14 @@
 import json
 import mmap
 import os
+import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from runtime.errors import ConfigError
 BLOCKS = (4096, 8192, 16384, 65536, 524288)
 FILE_BYTES = 256 << 20
 SECONDS = 0.4  # of each disk figure
+MOST = 1e18  # of any number of a description
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +81,41 @@ def load(path: Path) -> Hardware:
     if missing := needed - set(found):
         raise ConfigError(f'{path} lacks "{min(missing)}"; `winnow probe --output FILE` shows all keys')
     try:
-        disk = {int(size): _positive(rate) for size, rate in found.pop("disk_mb_s").items()}
-        clusters = tuple(
-            Cores(str(one["name"]), int(one["count"]), _positive(one["dense_gb_s"]))
-            for one in found.pop("clusters", [])
-        )
-        for key in ("memory_bytes", "cores", "io_threads", "sequential_mb_s", "dense_gb_s", "gather_gb_s"):
-            _positive(found[key])
-        return Hardware(disk_mb_s=dict(sorted(disk.items())), clusters=clusters, **found)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} has a value that does not fit: {error}; every rate is a number above 0") from error
+        return _hardware(found)
+    except ValueError as error:
+        raise ConfigError(f"{path} has a value that does not fit: {error}") from error
+
+
+def _hardware(found: Mapping[str, object]) -> Hardware:
+    disk, clusters = found["disk_mb_s"], found.get("clusters", [])
+    if not isinstance(disk, dict) or not disk:
+        raise ValueError("disk_mb_s must be a table of a rate per block size")
+    if not isinstance(clusters, list) or not all(isinstance(one, dict) for one in clusters):
+        raise ValueError("clusters must be tables, [[clusters]]")
+    name, is_direct, npu = found["name"], found.get("is_direct", True), found.get("npu_gb_s", 0.0)
+    if not isinstance(name, str):
+        raise ValueError(f"name = {name!r} is not a text")
+    if not isinstance(is_direct, bool):
+        raise ValueError(f"is_direct = {is_direct!r} is neither true nor false")
+    return Hardware(
+        name=name,
+        memory_bytes=_whole("memory_bytes", found["memory_bytes"]),
+        cores=_whole("cores", found["cores"]),
+        disk_mb_s={_block(size): _positive(f'disk_mb_s."{size}"', disk[size]) for size in sorted(disk, key=_block)},
+        sequential_mb_s=_positive("sequential_mb_s", found["sequential_mb_s"]),
+        io_threads=_whole("io_threads", found["io_threads"]),
+        dense_gb_s=_positive("dense_gb_s", found["dense_gb_s"]),
+        gather_gb_s=_positive("gather_gb_s", found["gather_gb_s"]),
+        is_direct=is_direct,
+        npu_gb_s=0.0 if npu == 0 and not isinstance(npu, bool) else _positive("npu_gb_s", npu),
+        clusters=tuple(_cores(one) for one in clusters),
+    )
+
+
+def _cores(found: Mapping[str, object]) -> Cores:
+    if set(found) != {"name", "count", "dense_gb_s"}:
+        raise ValueError(f"[[clusters]] has {', '.join(sorted(found))}, not name, count and dense_gb_s")
+    return Cores(str(found["name"]), _whole("count", found["count"]), _positive("dense_gb_s", found["dense_gb_s"]))
 
 
 def probe(folder: Path, io_threads: int = 4, clock: Callable[[], float] = time.perf_counter) -> Hardware:
@@ -95,26 +123,20 @@ def probe(folder: Path, io_threads: int = 4, clock: Callable[[], float] = time.p
     path = folder / ".winnow-probe"
     try:
         with path.open("xb") as file:
-            piece = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
-            for _ in range(FILE_BYTES // len(piece)):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                _fill(file)
+                rates, is_direct = _disk(path, io_threads, clock)
+            finally:  # of what was interrupted, too; but not of a file that was there
+                path.unlink(missing_ok=True)
     except OSError as error:
-        if not isinstance(error, FileExistsError):
-            path.unlink(missing_ok=True)
         raise ConfigError(
             f'"{folder}" cannot be measured: {error.strerror}; give a writable folder with 256 MiB free, and remove '
             f'"{path.name}" if an earlier run left it'
         ) from error
-    try:
-        rates, is_direct = _disk(path, io_threads, clock)
-    finally:
-        path.unlink(missing_ok=True)
     dense, gather = _compute(clock)
     return Hardware(
         name=os.uname().nodename,
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=memory_bytes(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         disk_mb_s={size: rates[size] for size in BLOCKS},
         sequential_mb_s=rates[BLOCKS[-1]],
@@ -123,6 +145,37 @@ def probe(folder: Path, io_threads: int = 4, clock: Callable[[], float] = time.p
         gather_gb_s=gather,
         is_direct=is_direct,
     )
+
+
+def memory_bytes(root: Path = Path("/")) -> int:
+    """The memory of this machine, or the least that a control group around this process allows of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, place = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "sys/fs/cgroup" / controllers
+        folder, name = base / place.strip("/"), "memory.limit_in_bytes" if controllers else "memory.max"
+        # Inside a container the place is often one of the host's, and the limit that of the mounted root.
+        folders = [folder, *(parent for parent in folder.parents if parent.is_relative_to(base))]
+        limits = [_text(one / name).strip() for one in folders]
+        found += [int(limit) for limit in limits if limit.isdigit()]
+    return min(found)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # no control groups, or others than these
+        return ""
+
+
+def _fill(file: BinaryIO) -> None:
+    piece = np.random.default_rng(0).integers(0, 256, 1 << 20, dtype=np.uint8).tobytes()
+    for _ in range(FILE_BYTES // len(piece)):
+        file.write(piece)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _disk(path: Path, io_threads: int, clock: Callable[[], float]) -> tuple[dict[int, float], bool]:
@@ -146,9 +199,9 @@ def _rate(file: int, size: int, io_threads: int, clock: Callable[[], float]) -> 
     def read(turn: int) -> int:
         memory, n_reads = mmap.mmap(-1, size), 0
         for place in places[turn::io_threads].tolist():
-            if clock() >= deadline:
-                break
             n_reads += os.preadv(file, [memory], place) // size
+            if clock() >= deadline:  # after a read: on a machine that is too busy a rate is low, not zero
+                break
         return n_reads
 
     started = clock()
@@ -180,7 +233,19 @@ def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - started
 
 
-def _positive(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ValueError(f"{value!r} is not a number above 0")
+def _positive(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < MOST:
+        raise ValueError(f"{name} = {value!r} is not a number above 0")
     return float(value)
+
+
+def _whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MOST:
+        raise ValueError(f"{name} = {value!r} is not a whole number above 0")
+    return value
+
+
+def _block(size: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,11}", size):
+        raise ValueError(f'"{size}" in disk_mb_s is not a block size, a whole number of bytes above 0')
+    return int(size)

@@ -20,6 +20,7 @@ MOST_MANIFEST_BYTES = 8 << 20
 MOST_LAYERS = 1024
 MOST_SIZE = 1 << 20  # of any dimension
 MOST_FILE_BYTES = 1 << 46
+MOST_TOKENIZER_BYTES = 1 << 28  # of each file, which is read as a whole
 MOST_NUMBER = 1e30
 _FILE_NAME = re.compile(r"(tokenizer/)?[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -122,6 +123,8 @@ def check_places(manifest: Manifest) -> None:
         raise BundleError(f"{MANIFEST} does not list {', '.join(sorted(missing))}; export the bundle again")
     if manifest.weight_format in TOP and manifest.shape.hidden % manifest.group:
         raise BundleError(f"group = {manifest.group} does not divide the hidden size {manifest.shape.hidden}")
+    if manifest.block > manifest.shape.intermediate:
+        raise BundleError(f"block = {manifest.block} is above the {manifest.shape.intermediate} neurons of a layer")
     if len({layer.predictor == "gate" for layer in manifest.layers}) > 1:
         raise BundleError("some layers have resident gates and some have not; export the bundle again")
     end, record = 0, manifest.record
@@ -163,7 +166,8 @@ def _file(name: str, value: object) -> FileEntry:
     sha256 = found.get("sha256")
     if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
         raise BundleError(f"{name} has sha256 {_shown(sha256)}; export the bundle again")
-    return FileEntry(_integer(found, "size_bytes", 0, MOST_FILE_BYTES), sha256)
+    most = MOST_TOKENIZER_BYTES if name.startswith("tokenizer/") else MOST_FILE_BYTES
+    return FileEntry(_integer(found, "size_bytes", 0, most), sha256)
 
 
 def _object(value: object, name: str) -> Json:

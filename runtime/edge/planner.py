@@ -61,16 +61,21 @@ class Plan:
 
 def plan(needs: Needs, hardware: Hardware, budget: int | None = None, max_tokens: int = 1024) -> Plan:
     """The plan for a budget of bytes; None is all that is needed, but not more than the machine has."""
-    settings = RunSettings(max_tokens=max_tokens, read=ReadSettings(threads=_threads(hardware)))
-    dtype = FLOATS[needs.manifest.dtype]
+    settings, dtype = settings_for(hardware, max_tokens), FLOATS[needs.manifest.dtype]
     everything = divide(needs, settings, dtype, None).total
-    given = min(budget or everything, everything)
+    given = everything if budget is None else min(budget, everything)
     if given > hardware.memory_bytes:
         if budget is not None:
             raise ConfigError(f"a budget of {budget} bytes is above the {hardware.memory_bytes} of {hardware.name}")
         given = hardware.memory_bytes
     memory = divide(needs, settings, dtype, given)
     return _predicted(needs, hardware, memory, settings, given)
+
+
+def settings_for(hardware: Hardware, max_tokens: int) -> RunSettings:
+    """What memory is divided for: each reading thread has buffers, and there are as many as were measured."""
+    threads = max(n for n in THREADS if n <= max(1, hardware.io_threads))
+    return RunSettings(max_tokens=max_tokens, read=ReadSettings(threads=threads))
 
 
 def plan_for_speed(needs: Needs, hardware: Hardware, tokens_per_s: float, max_tokens: int = 1024) -> Plan:
@@ -81,7 +86,7 @@ def plan_for_speed(needs: Needs, hardware: Hardware, tokens_per_s: float, max_to
             f"{tokens_per_s:g} tokens/s are above the {best.tokens_per_s:.3g} that {hardware.name} is predicted to "
             f"reach with {best.budget_bytes} bytes; ask for less"
         )
-    settings = RunSettings(max_tokens=max_tokens, read=ReadSettings(threads=_threads(hardware)))
+    settings = settings_for(hardware, max_tokens)
     fixed = sum(fixed_bytes(needs, settings, FLOATS[needs.manifest.dtype]).values())
     slot = divide(needs, settings, FLOATS[needs.manifest.dtype], None).slot_bytes
     low = fixed + slot * sum(min(len(one), needs.manifest.block) for one in needs.frequency)
@@ -170,11 +175,6 @@ TWO_PHASE_FROM = 2.0  # below it, reading gates apart costs more reads than it s
 
 def _active(frequency: NDArray[np.float32], n_hot: int, n_neurons: int) -> float:
     return (float(frequency.sum()) + n_hot) / n_neurons
-
-
-def _threads(hardware: Hardware) -> int:
-    """As many as were measured; more only queue up."""
-    return max(n for n in THREADS if n <= max(1, hardware.io_threads))
 
 
 def _modelled(hardware: Hardware, dense_bytes: float, token_s: float) -> dict[str, object]:

@@ -15,6 +15,7 @@ from runtime.edge.quantise import FLOATS
 from runtime.errors import BundleError, ModelError
 from runtime.kv.attention import check_supported
 
+MOST_NUMBER = 1 << 24
 CONFIG_KEYS = (
     "model_type",
     "vocab_size",
@@ -103,6 +104,9 @@ def _config(manifest: Manifest) -> PreTrainedConfig:
     shape = manifest.shape
     if sizes != (shape.n_layers, shape.hidden, shape.intermediate) or found.get("hidden_act") != shape.activation:
         raise BundleError("the bundle's shape and its model configuration differ; export it again")
+    for key, value in found.items():
+        if isinstance(value, int) and abs(value) > MOST_NUMBER:  # tables are made from some before weights are compared
+            raise BundleError(f"the bundle's model configuration has {key} = {value}, above {MOST_NUMBER}")
     if kind == "mistral":
         found["sliding_window"] = None  # others than this were refused when it was written
     config: PreTrainedConfig = AutoConfig.for_model(str(kind), **found)

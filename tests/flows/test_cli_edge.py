@@ -12,7 +12,8 @@ from runtime.edge.network import ffn_layers
 from runtime.edge.placement import place
 from runtime.models import load_policy
 from runtime.starter import path
-from tasks.edge import Budget, parse_budget
+from storage.lake import Lake
+from tasks.edge import Budget, BundleTalker, open_talker, parse_budget
 from tasks.errors import USER_ERRORS, ConfigError
 from tests.runtime.edge.bundles import exact_predictor, profile
 
@@ -68,6 +69,32 @@ def test_half_of_the_neurons_in_memory_give_the_same_answer_as_all_and_as_the_mo
     assert report["read_bytes"] > 0 and 0 < report["hit_rate"] < 1
 
 
+def test_a_described_machine_decides_how_a_bundle_runs_and_what_is_predicted(bundle: Path, hardware: Path) -> None:
+    hardware.write_text(PC.replace("io_threads = 4", "io_threads = 1").replace("cores = 2", "cores = 1"))
+    asked = ("--budget", "50%", "--hardware", hardware)
+    found = _json("chat", bundle, "--prompt", ASKED, "--max-new-tokens", 60, *asked)
+    assert found["answer"] == _json("chat", bundle, "--prompt", ASKED, "--max-new-tokens", 60)["answer"]
+    planned, report = found["plan"], found["report"]
+    assert isinstance(planned, dict) and isinstance(report, dict)
+    assert planned == _json("plan-edge", bundle, *asked)
+    assert planned["io_threads"] == 1 and planned["prefetch_depth"] == 0
+    assert sum(report["memory"]["slots"]) == sum(planned["slots"])
+    assert sum(report["memory"]["fixed"].values()) == planned["pinned_bytes"]
+    assert found["tokens_per_s"] == pytest.approx(report["n_tokens"] / report["seconds"])
+    shown = _invoke("chat", bundle, "--prompt", ASKED, "--max-new-tokens", 4, *asked)
+    assert f"tokens/s ({planned['tokens_per_s']:.1f} predicted)" in shown.stderr
+
+
+@pytest.mark.parametrize(("cores", "prefetches"), [(1, False), (2, True)])
+def test_a_plan_sets_the_engine(bundle: Path, hardware: Path, tmp_path: Path, cores: int, prefetches: bool) -> None:
+    hardware.write_text(PC.replace("io_threads = 4", "io_threads = 3").replace("cores = 2", f"cores = {cores}"))
+    talker = open_talker(str(bundle), Lake.open(str(tmp_path / "lake")), Budget(share=0.5), True, hardware)
+    assert isinstance(talker, BundleTalker) and talker.plan is not None
+    with talker.model:
+        settings = talker.model.settings
+    assert (settings.read.threads, settings.prefetch, settings.two_phase) == (2, prefetches, talker.plan.two_phase)
+
+
 def test_a_conversation_is_read_line_by_line(bundle: Path) -> None:
     shown = _invoke("chat", bundle, "--max-new-tokens", 30, text=f"{ASKED}\nWhat is 5 + 6 ?\n\n")
     assert shown.exception is None
@@ -93,15 +120,20 @@ def test_a_plan_is_for_a_budget_or_for_a_speed(bundle: Path, hardware: Path) -> 
         (("chat", "BUNDLE", "--budget", "1M"), "needs at least"),
         (("chat", "BUNDLE", "--json"), "give it with --prompt"),
         (("chat", "starter", "--budget", "50%"), "a budget needs a bundle"),
+        (("chat", "starter", "--hardware", "pc.toml"), "a plan for a machine needs a bundle"),
+        (("chat", "BUNDLE", "--hardware", "gone.toml"), "cannot be read"),
         (("chat", "bundles/none"), "is not in the lake"),
+        (("plan-edge", "BUNDLE", "--hardware", "PC", "--budget", "0"), "needs at least"),
         (("plan-edge", "starter"), "is no bundle"),
         (("plan-edge", "BUNDLE", "--budget", "50%", "--speed", "3"), "two targets"),
         (("plan-edge", "BUNDLE", "--hardware", "gone.toml"), "cannot be read"),
         (("probe", "/proc"), "cannot be measured"),
     ],
 )
-def test_a_mistake_says_what_to_do(bundle: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    given = [str(bundle) if argument == "BUNDLE" else argument for argument in arguments]
+def test_a_mistake_says_what_to_do(
+    bundle: Path, hardware: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = [{"BUNDLE": str(bundle), "PC": str(hardware)}.get(argument, argument) for argument in arguments]
     lake = [] if given[0] == "probe" else ["--lake", str(tmp_path / "lake")]
     result = _invoke(*given, *lake)
     assert isinstance(result.exception, USER_ERRORS)

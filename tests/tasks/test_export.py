@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
+from runtime.edge.gguf import check_powerinfer
 from runtime.edge.gguf_lint import problems
 from runtime.edge.measure import QualityError
 from runtime.models import load_policy, quiet
@@ -128,12 +129,13 @@ def test_the_curves_of_a_bundle_are_a_table_of_the_lake(lake: Lake) -> None:
 
 
 def test_a_bundle_has_its_pictures_and_says_what_memory_buys(lake: Lake) -> None:
-    stats, _ = _run(lake)
+    stats, folder = _run(lake)
     ref = lake.resolve("bundles/main")
     assert [picture.key for picture in stage_pictures(lake, ref)] == ["hot-cold", "recall"]
     plans = stats["plans"]
     assert [row["hit_rate"] for row in plans] == sorted(row["hit_rate"] for row in plans)
     assert plans[-1]["neurons_in_memory"] == plans[-1]["hit_rate"] == 1
+    assert open_bundle(folder).manifest.plan == {"max_tokens": 1024, "shares": plans}
 
 
 def test_half_of_the_neurons_give_the_answer_that_all_of_them_give(lake: Lake) -> None:
@@ -188,14 +190,53 @@ def test_a_plain_folder_needs_no_text(tmp_path: Path) -> None:
     assert load_policy(str(lake.folder(ref, "hf"))).content_hash == load_policy(str(starter("policy"))).content_hash
 
 
-def test_an_export_that_costs_more_than_promised_is_not_published(lake: Lake) -> None:
+def test_a_bundle_with_an_oracle_is_the_model_in_our_own_runtime(lake: Lake) -> None:
+    stats, folder = _run(lake, predictor="oracle", weight_format="float32")
+    assert abs(stats["perplexity_delta_in_runtime"]) < 1e-3
+    assert all(layer["recall"] > 0.999 for layer in stats["layers"])
+    assert open_bundle(folder).manifest.layers[0].predictor == "low_rank"
+
+
+BROKEN: dict[str, tuple[dict[str, object], str]] = {
+    "bundle": ({"predictor": "low_rank", "recall": 0.05, "rank": 4}, "2.00%"),
+    "gguf": ({"gguf_type": "Q4_0", "max_perplexity_delta": 0.0}, "0.00%"),
+    "powerinfer": ({"predictor": "low_rank", "recall": 0.05, "rank": 4, "max_perplexity_delta": 0.0}, "0.00%"),
+}
+
+
+@pytest.mark.parametrize("format", BROKEN)
+def test_an_export_that_costs_more_than_promised_is_not_published(lake: Lake, wide: Path, format: str) -> None:
+    changed, promised = BROKEN[format]
     before = lake.versions("bundles")
+    model = wide if format == "powerinfer" else "starter"
     with pytest.raises(
-        QualityError, match=r"perplexity rises by .*, above the promised 2.00%, so nothing is published"
+        QualityError, match=f"perplexity rises by .*, above the promised {promised}, so nothing is published"
     ):
-        _run(lake, predictor="low_rank", recall=0.05, rank=4)
+        _run(lake, model, format=format, **changed)
     published = [ref for ref in lake.versions("bundles") if lake.find(ref.kind, ref.name, ref.version)]
     assert len(published) <= len(before)
+
+
+@pytest.mark.parametrize("format", ["gguf", "powerinfer"])
+def test_a_vocabulary_without_bytes_is_refused_before_anything_is_calibrated(
+    lake: Lake, wide: Path, tmp_path: Path, format: str
+) -> None:
+    folder = without_bytes(wide, tmp_path)
+    with pytest.raises(ModelError, match="the vocabulary has no byte tokens"):
+        export.prepare(ExportConfig.model_validate({"model": str(folder), "format": format}), lake)
+    with pytest.raises(ModelError, match="the vocabulary has no byte tokens"):
+        check_powerinfer(load_policy(str(folder)), "F16")
+
+
+def without_bytes(wide: Path, folder: Path) -> Path:
+    """A copy of a model whose tokenizer cannot write every text."""
+    found = Path(shutil.copytree(wide, folder / "no-bytes"))
+    tokenizer = json.loads((found / "tokenizer.json").read_text())
+    tokens = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {f"byte{n}" if token.startswith("<0x") else token: n for token, n in tokens.items()}
+    tokenizer["model"]["byte_fallback"] = False
+    (found / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return found
 
 
 def _silu(folder: Path) -> Path:

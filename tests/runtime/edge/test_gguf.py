@@ -1,9 +1,14 @@
 """GGUF files in other people's hands: transformers' own loader here, binaries where the environment names them."""
 
+import errno
+import io
+import os
 import resource
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -11,15 +16,20 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from runtime.edge.bundle_write import write_bundle
 from runtime.edge.gguf import GgufSettings, GgufType, write_gguf, write_powerinfer
-from runtime.edge.gguf_lint import problems
+from runtime.edge.gguf_gpuidx import write_gpuidx
+from runtime.edge.gguf_lint import open_gguf, problems, value_of
+from runtime.edge.gguf_read import sparse_model
 from runtime.edge.gguf_weights import Sparsity
 from runtime.edge.network import ffn_layers, shape_of
 from runtime.edge.predictor import gate_predictor, oracle
 from runtime.edge.records import LayerPlacement
+from runtime.edge.sparse import sparse
 from runtime.errors import ConfigError, ModelError
 from runtime.models import LoadedModel, load_policy, quiet
 from runtime.starter import path as starter
+from tests.runtime.edge.bundles import contents
 from tests.runtime.edge.models import gated_model
 
 
@@ -128,6 +138,22 @@ def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_p
         assert 0.2 < is_computed.float().mean() < 0.8
 
 
+def test_more_than_ten_layers_and_a_rope_base_are_where_powerinfer_reads_them(
+    wide: LoadedModel, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 12, "vocab_size": 640}
+    parameters = {"rope_theta": 5000.0, "rope_type": "default"}  # where transformers 5 has it
+    deep = replace(wide, model=gated_model(**sizes, initializer_range=0.1, rope_parameters=parameters))
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, deep, exact(deep.model))
+    assert value_of(open_gguf(path), "llama.rope.freq_base") == 5000.0
+    assert value_of(open_gguf(path), "llama.block_count") == 12
+    found, predictors = sparse_model(path, deep.model)
+    with sparse(found, predictors, [0.0] * 12):
+        largest, agreement = difference(deep.model, found)
+    assert largest < 0.02 and agreement == 1.0
+
+
 def test_a_tied_model_gets_an_output_matrix_of_its_own_for_powerinfer(wide: LoadedModel, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 1, "vocab_size": 640}
     tied = replace(wide, model=gated_model(**sizes, tie_word_embeddings=True))
@@ -185,6 +211,75 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(policy: LoadedModel, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.iterdir())
+
+
+TARGETS: dict[str, Callable[[Path, LoadedModel], object]] = {
+    "bundle": lambda path, wide: write_bundle(path, contents(wide.model)),
+    "gguf": write_gguf,
+    "powerinfer": lambda path, wide: write_powerinfer(path, wide, exact(wide.model)),
+    "gpuidx": lambda path, wide: write_gpuidx(path, exact(wide.model).placements, 12345),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_read_only_or_full_disk_is_one_line_and_leaves_nothing(
+    wide: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, number: int
+) -> None:
+    """The first of these systems has no file that can be written, the other opens them and takes 100 bytes."""
+    disk, real = _Disk(tmp_path, number), io.open
+    monkeypatch.setattr(io, "open", lambda *given, **named: disk.opened(real, *given, **named))
+    monkeypatch.setattr("builtins.open", io.open)
+    with pytest.raises(ConfigError, match=f"cannot be written.*{os.strerror(number)}; give") as refused:
+        TARGETS[target](tmp_path / "new", wide)
+    assert "\n" not in str(refused.value)
+    assert disk.n_failed and not list(tmp_path.iterdir())
+
+
+class _Disk:
+    """Fails where files under a folder are written."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.folder, self.number, self.n_failed = folder, number, 0
+
+    def opened(self, real: Callable[..., IO[bytes]], path: object, *given: Any, **named: Any) -> IO[bytes]:
+        """The file, or what stands for one on a full disk."""
+        mode = str(given[0] if given else named.get("mode", "r"))
+        if not str(path).startswith(str(self.folder)) or mode in ("r", "rb"):
+            return real(path, *given, **named)
+        if self.number == errno.EROFS:
+            self.fail()
+        file = real(path, *given, **named)
+        write, room = file.write, [100]
+
+        def take(data: bytes) -> int:
+            room[0] -= len(data)
+            if room[0] < 0:
+                self.fail()
+            return write(data)
+
+        return cast(IO[bytes], _Proxy(file, take))
+
+    def fail(self) -> NoReturn:
+        """As the system does."""
+        self.n_failed += 1
+        raise OSError(self.number, os.strerror(self.number))
+
+
+class _Proxy:
+    """A file with another way to write."""
+
+    def __init__(self, file: IO[bytes], write: Callable[[bytes], int]) -> None:
+        self._file, self.write = file, write
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "_Proxy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def test_a_file_that_is_there_is_not_written_over(policy: LoadedModel, tmp_path: Path) -> None:
@@ -258,6 +353,7 @@ BROKEN = {
     "norm": ({"blk.0.ffn_norm.weight": DOWN[0, :64].astype(np.float16)}, "blk.0.ffn_norm.weight is F16; vectors"),
     "nan": ({"blk.0.ffn_up.weight": DOWN.astype(np.float16) + np.nan}, "has numbers that are not finite"),
     "integers": ({"blk.0.ffn_up.weight": DOWN.astype(np.int32)}, "blk.0.ffn_up.weight is I32, which PowerInfer"),
+    "file type": ({"general.file_type": 2}, "general.file_type is 2, but matrices are F16 (1)"),
     "rank": ({"blk.0.fc2.weight": np.zeros((1024, 8), np.float16)}, "blk.0.fc1.weight and fc2 differ in their rank"),
 }
 
@@ -267,6 +363,17 @@ def test_lint_finds(wide: LoadedModel, tmp_path: Path, case: str) -> None:
     changes, message = BROKEN[case]
     found = broken(tmp_path / "m.gguf", wide, **changes)
     assert any(message in one for one in found), found
+
+
+def test_keys_that_do_not_follow_from_the_model_are_found(wide: LoadedModel, tmp_path: Path) -> None:
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, wide, exact(wide.model))
+    assert problems(path, {"general.file_type": 1, "llama.rope.freq_base": 10000.0}) == []
+    found = problems(path, {"general.file_type": 2, "llama.rope.freq_base": 5000.0})
+    assert found == [
+        "general.file_type is 1, where the model has 2",
+        "llama.rope.freq_base is 10000.0, where the model has 5000.0",
+    ]
 
 
 def test_lint_finds_nothing_in_a_file_that_was_copied_unchanged(wide: LoadedModel, tmp_path: Path) -> None:

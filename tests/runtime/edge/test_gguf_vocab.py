@@ -8,7 +8,7 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from runtime.edge.gguf_gpuidx import write_gpuidx
+from runtime.edge.gguf_gpuidx import problems, write_gpuidx
 from runtime.edge.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
 from runtime.edge.records import LayerPlacement
 from runtime.errors import ModelError
@@ -85,6 +85,39 @@ def test_hot_neurons_of_more_than_ten_layers_stay_with_their_layers(tmp_path: Pa
         n_hot = max(placement.n_hot, 1)
         assert tensors[f"blk.{index}.gpu_bucket"].tolist() == list(range(n_hot))
         assert tensors[f"blk.{index}.gpu_idx"].tolist() == [1] * n_hot + [0] * (64 - n_hot)
+
+
+def _gpuidx(path: Path, **changed: bytes) -> list[str]:
+    """What is found in a file of two layers with some bytes replaced by others, by name."""
+    path.unlink(missing_ok=True)
+    write_gpuidx(path, [LayerPlacement(np.arange(64), n_hot) for n_hot in (3, 5)], 12345)
+    data = path.read_bytes()
+    for old, new in changed.items():
+        assert data.count(old.encode()) == 1 or old == "PWRI"
+        data = data.replace(old.encode(), new)
+    path.write_bytes(data)
+    return problems(path, 2, 64)
+
+
+def test_the_file_of_hot_neurons_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "m.generated.gpuidx"
+    assert _gpuidx(path) == []
+    assert problems(path, 3, 64) == ["4 tensors, not gpu_idx and gpu_bucket of each of 3 layers in order"]
+    assert problems(path, 2, 65)[0] == "blk.0.gpu_idx is not a 0 or 1 for each of 65 neurons"
+    assert _gpuidx(path, PWRI=b"GGUF") == ["magic is b'GGUF', not b'PWRI'"]
+    assert 'architecture is "generic.gpu_inde_"' in _gpuidx(path, **{"generic.gpu_index": b"generic.gpu_inde_"})[0]
+    assert _gpuidx(path, **{"split.vram_capacity": b"split.vram_capacitx"}) == ["split.vram_capacity is None"]
+    assert "in order" in _gpuidx(path, **{"blk.1.gpu_idx": b"blk.9.gpu_idx"})[0]
+    _gpuidx(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace((18).to_bytes(4, "little"), (26).to_bytes(4, "little")))
+    assert "blk.0.gpu_idx has type 26, not 18" in problems(path, 2, 64)[0]
+    ids = np.arange(3, dtype=np.int32).tobytes()
+    path.write_bytes(whole.replace(ids, ids[::-1], 1))
+    assert problems(path, 2, 64) == ["blk.0.gpu_bucket does not list the neurons that blk.0.gpu_idx marks"]
+    for size in (3, 20, len(whole) // 2, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        assert problems(path, 2, 64)
 
 
 def _with_todays_type(path: Path) -> Path:

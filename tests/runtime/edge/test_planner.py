@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from runtime.edge.budget import Needs, RunSettings, budget_of, divide, fixed_bytes, needs
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
-from runtime.edge.hardware import Cores, Hardware, load, probe
+from runtime.edge.hardware import Cores, Hardware, load, memory_bytes, probe
 from runtime.edge.planner import hit_rate, plan, plan_for_speed
 from runtime.edge.quantise import FLOATS
 from runtime.edge.skeleton import build
@@ -60,8 +61,9 @@ def test_a_speed_is_reached_with_the_least_memory(found: Needs) -> None:
 
 
 def test_a_budget_that_cannot_work_is_refused(found: Needs) -> None:
-    with pytest.raises(ConfigError, match="needs at least"):
-        plan(found, PC, 1000, 64)
+    for budget in (0, 1000):
+        with pytest.raises(ConfigError, match=f"a budget of {budget} bytes is below .* needs at least"):
+            plan(found, PC, budget, 64)
     with pytest.raises(ConfigError, match="above the 1000000 of"):
         plan(found, replace(PC, memory_bytes=10**6), 2 * 10**6 - 1, 1024)
 
@@ -140,25 +142,78 @@ def test_a_phone_is_described_in_toml(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("cores = 0", "is not a number above 0"),
+        ("cores = 0", "cores = 0 is not a whole number above 0"),
         ("colour = 1", '"colour" in'),
-        ("dense_gb_s = -1", "is not a number above 0"),
-        ('memory_bytes = "much"', "is not a number above 0"),
+        ("dense_gb_s = -1", "dense_gb_s = -1 is not a number above 0"),
+        ("dense_gb_s = 1e400", "dense_gb_s = inf is not a number above 0"),
+        ('memory_bytes = "much"', "memory_bytes = 'much' is not a whole number above 0"),
+        ("memory_bytes = 8e9", "memory_bytes = 8000000000.0 is not a whole number above 0"),
+        ("io_threads = true", "io_threads = True is not a whole number above 0"),
+        ('npu_gb_s = "fast"', "npu_gb_s = 'fast' is not a number above 0"),
+        ("npu_gb_s = false", "npu_gb_s = False is not a number above 0"),
+        ("is_direct = 1", "is_direct = 1 is neither true nor false"),
+        ("name = 3", "name = 3 is not a text"),
+        ("disk_mb_s = {}", "disk_mb_s must be a table of a rate per block size"),
+        ("disk_mb_s = 100.0", "disk_mb_s must be a table of a rate per block size"),
+        ('disk_mb_s = {"0" = 5}', '"0" in disk_mb_s is not a block size'),
+        ('disk_mb_s = {"4k" = 5}', '"4k" in disk_mb_s is not a block size'),
+        ('disk_mb_s = {"4096" = "5"}', "disk_mb_s.\"4096\" = '5' is not a number above 0"),
+        ("clusters = 5", "clusters must be tables"),
+        ('clusters = [{name = "big"}]', "has name, not name, count and dense_gb_s"),
+        ('clusters = [{name = "big", count = 1.5, dense_gb_s = 1}]', "count = 1.5 is not a whole number"),
         ("cores = [", "cannot be read"),
     ],
 )
 def test_a_hardware_file_with_a_mistake_is_refused(tmp_path: Path, change: str, message: str) -> None:
     key = change.split(" = ")[0]
-    lines = [line for line in PC.to_toml().splitlines() if not line.startswith(f"{key} =")]
+    text = PC.to_toml() if key != "disk_mb_s" else PC.to_toml().partition("[disk_mb_s]")[0]
+    lines = [line for line in text.splitlines() if not line.startswith(f"{key} =")]
     (tmp_path / "pc.toml").write_text("\n".join([change, *lines]))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
         load(tmp_path / "pc.toml")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_hardware_file_that_lacks_a_rate_says_which(tmp_path: Path) -> None:
     (tmp_path / "pc.toml").write_text(PC.to_toml().replace("gather_gb_s", "# gather_gb_s"))
     with pytest.raises(ConfigError, match='lacks "gather_gb_s"'):
         load(tmp_path / "pc.toml")
+
+
+def test_an_interrupted_probe_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.edge.hardware.FILE_BYTES", 2 << 20)
+
+    def interrupt(file: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("os.fsync", interrupt)
+        probe(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".winnow-probe").write_text("of another run")
+    with pytest.raises(ConfigError, match="if an earlier run left it"):
+        probe(tmp_path)
+    assert (tmp_path / ".winnow-probe").read_text() == "of another run"
+
+
+@pytest.mark.parametrize(
+    ("group", "file"),
+    [
+        ("4:memory:/a/b", "memory/a/memory.limit_in_bytes"),
+        ("4:memory:/of/the/host", "memory/memory.limit_in_bytes"),
+        ("0::/a/b", "a/b/memory.max"),
+    ],
+)
+def test_the_memory_of_a_container_is_what_its_control_group_allows(tmp_path: Path, group: str, file: str) -> None:
+    whole = memory_bytes(tmp_path)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/x\n{group}\n")
+    assert memory_bytes(tmp_path) == whole > 5_000_000
+    limit = tmp_path / "sys/fs/cgroup" / file
+    limit.parent.mkdir(parents=True)
+    for text, wanted in (("5000000\n", 5_000_000), ("max\n", whole), (f"{1 << 62}\n", whole)):
+        limit.write_text(text)
+        assert memory_bytes(tmp_path) == wanted
 
 
 def test_a_folder_that_cannot_be_written_cannot_be_probed(tmp_path: Path) -> None:
