@@ -149,7 +149,7 @@ def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict
         # Each thread copies what it read to slots, a matrix at a time.
         "read buffers": settings.read.threads * (2 * staging_bytes(manifest) + record.stride)
         + 2 * stream_bytes(manifest),
-        "tables": 4 * shape.n_layers * shape.intermediate,
+        "tables": 12 * shape.n_layers * shape.intermediate,  # order, frequency, slots
     }
 
 

@@ -119,10 +119,7 @@ class Layers:
         """The part of the hot neurons, (T, H)."""
         total = torch.zeros(len(x), x.shape[1], dtype=self.wide)
         for rows in self.blocks(layer.n_hot):
-            if gates is None:
-                gate = linear(x, self.workspace.operand(layer.hot["gate"], rows))
-            else:
-                gate = gates[:, rows]
+            gate = linear(x, self.workspace.operand(layer.hot["gate"], rows)) if gates is None else gates[:, rows]
             hidden = self.activation(gate) * linear(x, self.workspace.operand(layer.hot["up"], rows))
             total += (hidden @ self.workspace.operand(layer.hot["down"], rows)).to(self.wide)
         return total
@@ -143,15 +140,12 @@ class Layers:
                 resident[f"edge.{index}.gate"], resident.get(f"edge.{index}.gate_scales"), manifest.weight_format
             )
             matrices["gate"] = gate  # its first rows
-        predictor = bundle.predictor(index, resident)
         return Layer(
             n_hot=found.n_hot,
             cold_offset=found.cold_offset,
             first_slot=sum(slots[:index]),
             cache=LayerCache(manifest.n_cold(index), slots[index]),
-            predictor=LayerPredictor(
-                predictor.kind, predictor.fc1.to(self.dtype), predictor.fc2.to(self.dtype), predictor.threshold
-            ),
+            predictor=bundle.predictor(index, resident),
             gate=gate,
             hot=matrices,
         )
