@@ -15,6 +15,7 @@ from runtime.edge.layout import ALIGN, aligned
 from runtime.edge.manifest import Manifest
 from runtime.edge.quantise import FLOATS
 from runtime.edge.reader import ReadSettings
+from runtime.edge.store import workspace_bytes
 from runtime.errors import ConfigError
 
 DTYPES = FLOATS | {"float64": torch.float64}
@@ -60,6 +61,8 @@ class Needs:
     n_predictors: int
     gate_bytes: int
     kv_per_token: int  # numbers
+    attention_width: int  # of all heads together
+    rank: int  # of the widest predictor
     frequency: tuple[NDArray[np.float32], ...]  # of the cold neurons of each layer, in their order
 
 
@@ -75,8 +78,17 @@ def needs(manifest: Manifest, resident: Mapping[str, Tensor], config: PreTrained
     frequency = tuple(
         resident[f"edge.{layer}.frequency"].numpy()[found.n_hot :] for layer, found in enumerate(manifest.layers)
     )
-    kv = math.prod(kv_shape(config, 1))
-    return Needs(manifest, sizes["weights"], sizes["fc"], sizes["gate"], kv, frequency)
+    rank = max((len(tensor) for name, tensor in resident.items() if name.endswith(".fc1")), default=0)
+    return Needs(
+        manifest=manifest,
+        n_weights=sizes["weights"],
+        n_predictors=sizes["fc"],
+        gate_bytes=sizes["gate"],
+        kv_per_token=math.prod(kv_shape(config, 1)),
+        attention_width=config.num_attention_heads * kv_shape(config, 1)[-1],
+        rank=rank,
+        frequency=frequency,
+    )
 
 
 def divide(needs: Needs, settings: RunSettings, dtype: torch.dtype, budget: int | None) -> Memory:
@@ -86,7 +98,7 @@ def divide(needs: Needs, settings: RunSettings, dtype: torch.dtype, budget: int 
     n_cold = [len(frequency) for frequency in needs.frequency]
     if budget is None:
         return Memory(fixed, slot_bytes, tuple(n_cold))
-    least = [min(n, manifest.block) for n in n_cold]
+    least = [min(n, block_of(manifest)) for n in n_cold]
     n_slots = (budget - sum(fixed.values())) // slot_bytes
     if n_slots < sum(least):
         minimum = sum(fixed.values()) + sum(least) * slot_bytes
@@ -106,34 +118,53 @@ def budget_of(needs: Needs, settings: RunSettings, dtype: torch.dtype, share: fl
     return sum(fixed.values()) + n_slots * (needs.manifest.record.record_bytes + SLOT_TABLES)
 
 
+def block_of(manifest: Manifest) -> int:
+    """Neurons that are computed together, and that buffers are made for: never more than a layer has."""
+    return min(manifest.block, manifest.shape.intermediate)
+
+
 def staging_bytes(manifest: Manifest) -> int:
     """Memory of a reading thread: a block of records with the pages it begins and ends in, up to a bound."""
     stride = manifest.record.stride
-    return max(min(MOST_STAGING, aligned(manifest.block * stride)), aligned(stride)) + 2 * ALIGN
+    return max(min(MOST_STAGING, aligned(block_of(manifest) * stride)), aligned(stride)) + 2 * ALIGN
 
 
 def stream_bytes(manifest: Manifest) -> int:
     """Memory for a block of consecutive records."""
-    return aligned(manifest.block * manifest.record.stride) + 2 * ALIGN
+    return aligned(block_of(manifest) * manifest.record.stride) + 2 * ALIGN
 
 
 def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict[str, int]:
     """What is always in memory, by purpose."""
     manifest, item = needs.manifest, dtype.itemsize
-    shape, record = manifest.shape, manifest.record
-    is_stored_as_computed = FLOATS.get(manifest.weight_format) == dtype
-    operands = 0 if is_stored_as_computed else 3 * manifest.block * shape.hidden * item
-    per_token = (8 * shape.hidden + 4 * manifest.block) * item + 8 * shape.hidden + 3 * shape.intermediate
+    shape, record, block = manifest.shape, manifest.record, block_of(manifest)
     return {
         "weights": needs.n_weights * item,
         "predictors": needs.n_predictors * item + needs.gate_bytes,
         "keys and values": needs.kv_per_token * settings.max_tokens * item,
         "hot neurons": sum(aligned(layer.n_hot * record.record_bytes) for layer in manifest.layers),
-        "operands": manifest.block * record.record_bytes + operands,
-        "activations": settings.prefill_tokens * per_token,
-        "read buffers": settings.read.threads * (staging_bytes(manifest) + record.stride) + 2 * stream_bytes(manifest),
-        "tables": 4 * shape.n_layers * shape.intermediate,
+        # One matrix of a block is widened at a time, of hot and cold neurons and of resident gates alike.
+        "operands": workspace_bytes(block, record, dtype),
+        "activations": _activations(needs, settings, item),
+        # Each thread copies what it read to slots, a matrix at a time.
+        "read buffers": settings.read.threads * (2 * staging_bytes(manifest) + record.stride)
+        + 2 * stream_bytes(manifest),
+        "tables": 12 * shape.n_layers * shape.intermediate,  # order, frequency, slots
     }
+
+
+def _activations(needs: Needs, settings: RunSettings, item: int) -> int:
+    """Of a pass over `prefill_tokens`: the larger of attention and feed-forward beside the residual stream."""
+    hidden, width, block = needs.manifest.shape.hidden, needs.attention_width, block_of(needs.manifest)
+    wide = max(item, 4)
+    # Queries, keys and values, rotated; the norm in front of them in float32; the mask, as truth values and as numbers.
+    attention = 6 * max(width, hidden) * item + 2 * hidden * wide + settings.max_tokens * (1 + item)
+    # What is added up; gate, activation, up and their product; what predictors put out.
+    feed_forward = (hidden + 4 * block + 2 * needs.rank) * item + 3 * hidden * wide + block
+    # Keys and values are repeated for the heads that share them.
+    repeated = 2 * settings.max_tokens * width * item
+    decoded = needs.manifest.shape.intermediate * (2 * item + 1)
+    return settings.prefill_tokens * (3 * hidden * item + max(attention, feed_forward)) + repeated + decoded
 
 
 def _share(n_slots: int, least: list[int], frequency: Sequence[NDArray[np.float32]]) -> tuple[int, ...]:

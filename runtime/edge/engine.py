@@ -52,6 +52,8 @@ class EdgeModel:
         if name not in DTYPES:
             raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[name]
+        for key in [key for key in resident if not key.startswith("edge.") or key.endswith((".fc1", ".fc2"))]:
+            resident[key] = resident[key].to(self.dtype)  # one by one: never all of them twice
         self.model = build(bundle.manifest, resident, self.dtype)
         self.needs = needs(bundle.manifest, resident, self.model.config)
         if share is not None:

@@ -4,7 +4,7 @@ What is computed, in which order and in blocks of which size, is decided by the 
 what happens to be in memory decides only when.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, relu, silu
 
-from runtime.edge.budget import DTYPES, Memory, RunSettings, staging_bytes
+from runtime.edge.budget import DTYPES, Memory, RunSettings, block_of, staging_bytes
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import aligned
-from runtime.edge.quantise import dequantise
 from runtime.edge.reader import Job, Reader, page_aligned
 from runtime.edge.records import LayerPredictor, Matrix
 from runtime.edge.store import Rows, Workspace, hot_matrices
@@ -31,7 +30,7 @@ class Layer:
     first_slot: int
     cache: LayerCache
     predictor: LayerPredictor
-    gate: Matrix | None
+    gate: Matrix | None  # of all neurons, where it is resident
     hot: dict[str, Matrix]
     pending: list[Job] = field(default_factory=list)
     missing: float = 0.0  # per token, of late
@@ -78,7 +77,7 @@ class Layers:
         manifest = bundle.manifest
         dtype = DTYPES[settings.dtype or manifest.dtype]
         self.manifest, self.settings, self.dtype = manifest, settings, dtype
-        self.block, self.tick, self.activity = manifest.block, 0, Activity()
+        self.block, self.tick, self.activity = block_of(manifest), 0, Activity()
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.activation = relu if manifest.shape.activation == "relu" else silu
         stored = value_dtype(manifest)
@@ -95,49 +94,58 @@ class Layers:
         """The cold neurons to compute, sorted; with resident gates also those of all neurons, (1, I)."""
         if layer.gate is None:
             return self.predicted(layer, residual), None
-        gates = linear(x, dequantise(layer.gate, self.dtype))
-        return self.mask(layer, residual, gates)[0].nonzero()[:, 0].numpy(), gates
+        gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.dtype)
+        for rows in self.blocks(self.manifest.shape.intermediate):
+            gates[:, rows] = linear(x, self.workspace.operand(layer.gate, rows))
+        is_open = self.is_open(layer, self.activation(gates[:, layer.n_hot :]))
+        return is_open[0].nonzero()[:, 0].numpy(), gates
 
     def predicted(self, layer: Layer, residual: Tensor) -> Indices:
         """The cold neurons to compute, sorted, by the predictor."""
-        found: Indices = self.mask(layer, residual, None)[0].nonzero()[:, 0].numpy()
+        is_predicted = self.is_predicted(layer, relu(linear(residual, layer.predictor.fc1)), slice(None))
+        found: Indices = is_predicted[0].nonzero()[:, 0].numpy()
         return found
 
-    def mask(self, layer: Layer, residual: Tensor, gates: Tensor | None) -> Tensor:
-        """(T, cold), True where a neuron is computed."""
-        predictor = layer.predictor
-        if gates is None:
-            return linear(relu(linear(residual, predictor.fc1)), predictor.fc2) >= predictor.threshold
-        cold = self.activation(gates[:, layer.n_hot :])
-        return (cold != 0) if predictor.threshold == 0 else cold.abs() > predictor.threshold
+    def is_predicted(self, layer: Layer, code: Tensor, rows: slice) -> Tensor:
+        """(T, rows), True where a cold neuron is computed, by relu(fc1 @ residual)."""
+        return linear(code, layer.predictor.fc2[rows]) >= layer.predictor.threshold
+
+    def is_open(self, layer: Layer, act: Tensor) -> Tensor:
+        """True where a cold neuron is computed, by its activation."""
+        threshold = layer.predictor.threshold
+        return (act != 0) if threshold == 0 else act.abs() > threshold
 
     def hot(self, layer: Layer, x: Tensor, gates: Tensor | None) -> Tensor:
         """The part of the hot neurons, (T, H)."""
-        if layer.n_hot == 0:
-            return torch.zeros(len(x), x.shape[1], dtype=self.wide)
-        operands = {name: dequantise(matrix, self.dtype) for name, matrix in layer.hot.items()}
-        gate = linear(x, operands["gate"]) if gates is None else gates[:, : layer.n_hot]
-        return ((self.activation(gate) * linear(x, operands["up"])) @ operands["down"]).to(self.wide)
+        total = torch.zeros(len(x), x.shape[1], dtype=self.wide)
+        for rows in self.blocks(layer.n_hot):
+            gate = linear(x, self.workspace.operand(layer.hot["gate"], rows)) if gates is None else gates[:, rows]
+            hidden = self.activation(gate) * linear(x, self.workspace.operand(layer.hot["up"], rows))
+            total += (hidden @ self.workspace.operand(layer.hot["down"], rows)).to(self.wide)
+        return total
+
+    def blocks(self, n: int) -> Iterator[slice]:
+        """0 to `n` in blocks of neurons: no more than one is ever widened."""
+        return (slice(start, min(start + self.block, n)) for start in range(0, n, self.block))
 
     def _layer(self, bundle: Bundle, index: int, resident: Mapping[str, Tensor], slots: tuple[int, ...]) -> Layer:
         manifest, found = self.manifest, self.manifest.layers[index]
         hot = page_aligned(aligned(found.n_hot * manifest.record.record_bytes))
         if found.n_hot:
             self.reader.wait(self.reader.read_range(found.hot_offset, hot.numpy()))
+        matrices = hot_matrices(hot, found.n_hot, manifest.record, value_dtype(manifest))
         gate: Matrix | None = None
         if found.predictor == "gate":
             gate = Matrix(
                 resident[f"edge.{index}.gate"], resident.get(f"edge.{index}.gate_scales"), manifest.weight_format
             )
-        predictor = bundle.predictor(index, resident)
+            matrices["gate"] = gate  # its first rows
         return Layer(
             n_hot=found.n_hot,
             cold_offset=found.cold_offset,
             first_slot=sum(slots[:index]),
             cache=LayerCache(manifest.n_cold(index), slots[index]),
-            predictor=LayerPredictor(
-                predictor.kind, predictor.fc1.to(self.dtype), predictor.fc2.to(self.dtype), predictor.threshold
-            ),
+            predictor=bundle.predictor(index, resident),
             gate=gate,
-            hot=hot_matrices(hot, found.n_hot, manifest.record, value_dtype(manifest)),
+            hot=matrices,
         )

@@ -134,7 +134,7 @@ class Reader:
 
     def _start(self) -> None:
         """Page-aligned memory of this thread, and all records that could start in it."""
-        self.local.view = memoryview(mmap.mmap(-1, self.staging_bytes + self.record.stride))
+        self.local.view = memoryview(_own_memory(self.staging_bytes + self.record.stride))
         memory = np.frombuffer(self.local.view, dtype=np.uint8)
         windows = np.lib.stride_tricks.sliding_window_view(memory, self.record.stride)
         self.local.records = windows[::UNIT]
@@ -156,7 +156,12 @@ class Reader:
 
 def page_aligned(n_bytes: int) -> Tensor:
     """Zeroed memory (uint8) that starts at a page."""
-    return torch.frombuffer(mmap.mmap(-1, max(aligned(n_bytes), ALIGN)), dtype=torch.uint8)
+    return torch.frombuffer(_own_memory(max(aligned(n_bytes), ALIGN)), dtype=torch.uint8)
+
+
+def _own_memory(n_bytes: int) -> mmap.mmap:
+    """Pages of this process alone: without the flags they are shared, which the kernel does not count as anonymous."""
+    return mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _open(path: Path, direct: bool) -> tuple[int, bool]:
@@ -166,7 +171,7 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
         try:
             found = os.open(path, flags | os.O_DIRECT)
             try:
-                os.preadv(found, [memoryview(mmap.mmap(-1, ALIGN))], 0)
+                os.preadv(found, [memoryview(_own_memory(ALIGN))], 0)
                 return found, True
             except OSError:
                 os.close(found)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from runtime.edge.cache import Indices
 from runtime.edge.layout import RecordLayout
-from runtime.edge.quantise import dequantise
-from runtime.edge.records import Matrix
+from runtime.edge.quantise import FLOATS
+from runtime.edge.records import Matrix, WeightFormat
 
 
 class Rows:
@@ -45,10 +45,14 @@ class Rows:
 
 
 class Workspace:
-    """Memory for one block of neurons as operands; whatever the rows come from, they are computed from here."""
+    """Memory for one block of neurons as operands; whatever the rows come from, they are computed from here.
+
+    An operand is valid until the next one is asked for. Nothing is allocated on the way: what the allocator keeps
+    after many temporaries of a block's size is outside every budget.
+    """
 
     def __init__(self, block: int, record: RecordLayout, stored: torch.dtype, dtype: torch.dtype) -> None:
-        self.block, self.record, self.dtype = block, record, dtype
+        self.record, self.dtype = record, dtype
         value_bytes, scale_bytes = record.row
         self.into = {
             name: Matrix(
@@ -58,10 +62,32 @@ class Workspace:
             )
             for name in record.matrices
         }
+        wide, narrow, halves = _operand_parts(record.format, dtype)
+        self.wide = torch.empty(block, record.cols if wide else 0)
+        self.narrow = torch.empty(block, record.cols if narrow else 0, dtype=dtype)
+        self.halves = torch.empty(block, record.cols // 2 if halves else 0, dtype=torch.uint8)
+
+    def operand(self, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
+        """These rows (a block at most) in the type that is computed in, bit for bit those of `dequantise`."""
+        values = matrix.values[rows]
+        if values.dtype == self.dtype:
+            return values
+        if matrix.scales is None:
+            return self.narrow[: len(values)].copy_(values)
+        wide, scales = self.wide[: len(values)], matrix.scales[rows]
+        if matrix.format == "int4":
+            halves = self.halves[: len(values)]
+            wide[:, 0::2] = torch.bitwise_and(values, 15, out=halves)
+            wide[:, 1::2] = torch.bitwise_right_shift(values, 4, out=halves)
+            wide -= 8
+        else:
+            wide.copy_(values)
+        wide.view(*scales.shape, -1).mul_(scales.to(torch.float32).unsqueeze(-1))
+        return wide if self.dtype == torch.float32 else self.narrow[: len(values)].copy_(wide)
 
     def from_rows(self, rows: Rows, name: str, places: Tensor) -> Tensor:
         """The rows `places` (k, H) of a matrix, in the type that is computed in."""
-        return dequantise(rows.select(name, places, self.into[name]), self.dtype)
+        return self.operand(rows.select(name, places, self.into[name]))
 
     def from_records(self, records: NDArray[np.uint8], name: str) -> Tensor:
         """The rows (k, H) of a matrix out of whole records (k, stride)."""
@@ -72,7 +98,20 @@ class Workspace:
         values.view(torch.uint8).numpy()[:] = records[:, start : start + value_bytes]
         if scales is not None:
             scales.view(torch.uint8).numpy()[:] = records[:, start + value_bytes : start + value_bytes + scale_bytes]
-        return dequantise(Matrix(values, scales, into.format), self.dtype)
+        return self.operand(Matrix(values, scales, into.format))
+
+
+def workspace_bytes(block: int, record: RecordLayout, dtype: torch.dtype) -> int:
+    """What a `Workspace` takes, with the scales of a block in float32 and the rows that are on their way to slots."""
+    wide, narrow, halves = _operand_parts(record.format, dtype)
+    operand = record.cols * (4 * wide + dtype.itemsize * narrow) + record.cols // 2 * halves
+    return block * (record.record_bytes + record.part_bytes + 2 * record.row[1] + operand)
+
+
+def _operand_parts(format: WeightFormat, dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    """Whether a block is kept in float32, in the type that is computed in, and in halves of bytes."""
+    is_integer = format not in FLOATS
+    return is_integer, (dtype != torch.float32 if is_integer else FLOATS[format] != dtype), format == "int4"
 
 
 def hot_matrices(block: Tensor, n_hot: int, record: RecordLayout, stored: torch.dtype) -> dict[str, Matrix]:

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, relu
 
 from runtime.edge.budget import stream_bytes
 from runtime.edge.feedforward import Layer, Layers
 from runtime.edge.layout import ALIGN, aligned
-from runtime.edge.quantise import dequantise
 from runtime.edge.reader import Job, page_aligned
 
 Block = tuple[int, int, NDArray[np.uint8] | None]  # first and last cold neuron, records if not in the cache
@@ -31,24 +30,21 @@ class Streaming:
         `is_sparse` leaves out the neurons that `decode` would leave out.
         """
         layer = self.ffn.layers[index]
-        gates = None if layer.gate is None else linear(x, dequantise(layer.gate, self.ffn.dtype))
-        keep = self.ffn.mask(layer, residual, gates) if is_sparse else None
-        total = self.ffn.hot(layer, x, gates)
+        code = relu(linear(residual, layer.predictor.fc1)) if is_sparse and layer.gate is None else None
+        total = self.ffn.hot(layer, x, None)
         layer.catch_up()
         self.ffn.reader.wait(layer.pending)
         layer.pending = []
         self.ffn.tick += 1
         for start, stop, records in self._streamed(layer):
             block = start, stop, records
-            if gates is None:
-                gate = linear(x, self._operand(layer, "gate", block))
-            else:
-                gate = gates[:, layer.n_hot + start : layer.n_hot + stop]
-            act = self.ffn.activation(gate)
-            if keep is not None:
-                act = act * keep[:, start:stop]
+            act = self.ffn.activation(linear(x, self._operand(layer, "gate", block)))
+            if code is not None:
+                act *= self.ffn.is_predicted(layer, code, slice(start, stop))
+            elif is_sparse:
+                act *= self.ffn.is_open(layer, act)
             hidden = act * linear(x, self._operand(layer, "up", block))
-            total = total + (hidden @ self._operand(layer, "down", block)).to(self.ffn.wide)
+            total += (hidden @ self._operand(layer, "down", block)).to(self.ffn.wide)
             if records is not None:
                 self._retain(layer, start, records, act)
         return total.to(self.ffn.dtype)
@@ -82,6 +78,8 @@ class Streaming:
     def _operand(self, layer: Layer, name: str, block: Block) -> Tensor:
         """A matrix of a block of neurons, (k, H)."""
         start, stop, records = block
+        if name == "gate" and layer.gate is not None:
+            return self.ffn.workspace.operand(layer.gate, slice(layer.n_hot + start, layer.n_hot + stop))
         if records is not None:
             return self.ffn.workspace.from_records(records, name)
         slots = layer.cache.slot_of[start:stop].astype(np.int64) + layer.first_slot
