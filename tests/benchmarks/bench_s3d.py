@@ -4,9 +4,9 @@
 
 Parts, each on its own with --part: `rows`, tokens per second off, with each fixed k and auto, per rows and number
 format, with E, acceptance by place and tokens per second and GiB ("auto, cold" has measured nothing before each
-call, "auto" keeps what it learnt); `cost`, seconds of a round against a plain step, the
-speed-up that these predict and the one that is measured; `rejection`, Best-of-N with cuts (--cut-tokens, --cut-keep)
-off, auto and always;
+call, "auto" keeps what it learnt); `cost`, seconds of a round against a plain step, the speed-up that these predict
+and the one that is measured; `break-even`, the rows up to which it pays; `rejection`,
+Best-of-N, whole and with cuts (--what, --cut-tokens, --cut-keep), off, auto and always;
 `assisted`, one row of transformers' own generate, plain and with its early-exit drafts. Without a trained adapter,
 --kind oracle drafts what the policy will say but for a share --wrong of all places, which measures the engine and not
 the adapter; --kind random is a random policy of --width and --layers, for times alone.
@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from harness import medians, options, show
 from starter_runs import Starter, prompts
 
+from runtime.alignment.s3d_acceptance import draft_share
 from runtime.decoding.controller import Acceptance, Controller
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutPolicy, CutSchedule
@@ -66,6 +68,7 @@ def main() -> None:
         clock="wall",
         cut_tokens=[10, 24],
         cut_keep=[0.5, 0.5],
+        what=["best-of-n", "with cuts"],
         part=["rows", "cost", "rejection", "assisted"],
     )
     for part in settings.part:
@@ -204,6 +207,41 @@ def costs(bench: Bench) -> list[dict[str, object]]:
     return found
 
 
+def break_even(bench: Bench) -> list[dict[str, object]]:
+    """Rows up to which drafting pays: by the formula of docs/s3d.md, by the rounds' times, by decoding; and the knee
+    (tokens that cost as much as an empty pass) that would give 1.1 times plain decoding at --n rows."""
+    table, found, beta = costs(bench), [], draft_share(bench.policy.model, bench.adapter)
+    plain = {int(str(row["rows"])): float(str(row["plain ms"])) for row in table}
+    # Least squares of F + c rows, each time counting by its share of error.
+    matrix = torch.tensor([[1 / ms, rows / ms] for rows, ms in plain.items()], dtype=torch.float64)
+    fixed, per_row = torch.linalg.lstsq(matrix, torch.ones(len(plain), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    for k in bench.settings.k:
+        rows = [row for row in table if row["k"] == k]
+        e, work = float(str(rows[0]["E"])), k + 1 + beta * k
+        found.append(
+            {
+                "dtype": bench.dtype,
+                "k": k,
+                "E": e,
+                "knee": fixed / per_row,
+                "B* formula": fixed / per_row * (e - 1 - beta) / (work - e),
+                "B* rounds": _crossing(rows, "predicted x"),
+                "B* decoding": _crossing(rows, "measured x"),
+                "knee for 1.1x": bench.settings.n * (1.1 * work - e) / (e - 1.1 * (1 + beta)),
+            }
+        )
+    return found
+
+
+def _crossing(rows: Sequence[Mapping[str, object]], column: str) -> float | None:
+    """Number of rows at which a column falls below 1, between two powers of two."""
+    known = [(float(str(row["rows"])), float(str(row[column]))) for row in rows if column in row]
+    for (n, x), (n_next, x_next) in pairwise(known):
+        if x >= 1 > x_next:
+            return float(n * (n_next / n) ** ((x - 1) / (x - x_next)))
+    return None
+
+
 def assisted(bench: Bench) -> list[dict[str, object]]:
     """One greedy row: transformers' generate, plain and with drafts of its first layers, against this engine."""
     if bench.settings.kind != "adapter":
@@ -303,6 +341,7 @@ def _accepted(tally: Sequence[torch.Tensor]) -> dict[str, object]:
 PARTS: dict[str, Callable[[Bench], list[dict[str, object]]]] = {
     "rows": by_rows,
     "cost": costs,
+    "break-even": break_even,
     "rejection": with_rejection,
     "assisted": assisted,
 }

@@ -74,7 +74,7 @@ def _shrink(folder: Path) -> None:
     ("damage", "s3d", "message"),
     [
         (lambda folder: _edit(folder, base_hash="ab" * 32), "auto", "was made for another model"),
-        (lambda folder: None, "5", "k = 5, but the adapter was trained for k = 4"),
+        (lambda folder: None, '"5"', "k = 5, but the adapter was trained for k = 4"),
         (lambda folder: _edit(folder, n_first=5, n_last=4), "auto", "kept layers overlap: first 5 and last 4 of 8"),
         (lambda folder: _edit(folder, n_first=0, n_last=0), "auto", "keep at least one"),
         (_truncate, "auto", WEIGHTS_NAME),

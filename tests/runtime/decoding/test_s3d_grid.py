@@ -73,9 +73,9 @@ class Greedy:
 def greedy(request: pytest.FixtureRequest) -> Greedy:
     """Of the starter and of a small model of stories."""
     if request.param == "starter":
-        return Greedy(load_policy(str(path("policy"))), "chat", 16)
+        return Greedy(load_policy(str(path("policy"))), "chat", 12)
     folder: Path = request.getfixturevalue("shared_models")
-    return Greedy(load_policy(str(folder / "stories3m")), "text", 16)
+    return Greedy(load_policy(str(folder / "stories3m")), "text", 12)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def _differ(
 
 def test_greedy_answers_are_those_of_plain_decoding(greedy: Greedy, accepted: list[int]) -> None:
     n = greedy.n_layers
-    cases = [(1, (1, 1), 6), (5, (n, 0), 3), (16, (1, 1), 4), (3, (0, 1), 2), (8, (2, n - 2), 5), (2, (1, 0), 1)]
+    cases = [(1, (1, 1), 6), (5, (n, 0), 3), (16, (2, n - 2), 4), (2, (0, 1), 1)]
     assert _differ(greedy, cases) == []
     assert {0, 1, 2, 3} <= set(accepted)
 
