@@ -74,13 +74,13 @@ def train_offline(
         )
     is_reward = isinstance(config.loss, RewardSettings)
     model = with_adapters(loaded.model, config.lora, "SEQ_CLS" if is_reward else "CAUSAL_LM", config.seed)
-    objective = _objective(model, loaded, config)
-    if config.sparsity.is_on:
-        objective = SparseObjective(objective, model, config.sparsity)
     split = _split(pairs, held_out, loaded, config)
     arguments = training_arguments(config, len(split.train), places, model.device)
     if arguments.world_size > 1 and not getattr(model, "is_quantized", False):
         cast(Any, model).to(arguments.device)  # each process has its own
+    objective = _objective(model, loaded, config)
+    if config.sparsity.is_on:
+        objective = SparseObjective(objective, model, config.sparsity)
     split = _prepared(model, objective, split, config, shared(helpers.references))
     trainer = _trainer(model, objective, split, config, arguments)
     trainer.show(helpers.on_progress, places.logs)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from storage.catalog import query
 from storage.lake import Lake
 from tasks import finetune
 from tasks.errors import ConfigError
 from tasks.settings import FinetuneConfig, PipelineConfig
 from tests.runtime.alignment.trained import largest_difference
 from tests.tasks.test_chain import config, run_chain
+from tests.tasks.test_finetune import _publish, _run
 
 __all__ = ["config"]  # fixture
 
@@ -34,17 +36,25 @@ def _train(config: PipelineConfig, lake: Lake, **values: object) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_processes_train_the_model_of_one(config: PipelineConfig, lake: Lake, tmp_path: Path) -> None:
-    # So that the pairs fill every batch: an incomplete one is filled up with pairs of its own.
-    pairs = lake.read_table(lake.resolve("preferences/tiny"), "preferences").num_rows
-    alone = _train(config, lake, batch_size=pairs // 2 * 2, epochs=4)
-    first = lake.manifest(lake.resolve("models/tiny"))
-    together = _train(config, lake, batch_size=pairs // 2 * 2, epochs=4, processes=2)
-    second = lake.manifest(lake.resolve("models/tiny"))
-    assert pairs % 2 == 0 and second.version != first.version
-    assert largest_difference(alone, together) < 1e-5
+def test_two_processes_train_the_model_of_one(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    found, stats, stored = [], [], []
+    for processes in (1, 2):
+        # An odd number of pairs, and four steps in each epoch: in the last one there is nothing for one of the two.
+        lake = Lake.open(str(tmp_path / f"lake-{processes}"))
+        _publish(lake, ("child", "clerk", "clerk", "child", "clerk", "child", "clerk"), ("child", "clerk") * 2)
+        ref = _run(lake, tiny_policy_dir, method="gr_dpo", step_size=0.1, batch_size=2, processes=processes)
+        found.append(lake.folder(ref, "model"))
+        stats.append(lake.manifest(ref))
+        sql = "SELECT prompt_id, chosen_logp FROM reference_logps_versions ORDER BY prompt_id"
+        stored.append(query(lake, sql).rows)
+    assert largest_difference(*found) < 1e-5
+    assert stats[0].version != stats[1].version
+    assert stats[0].stats["steps"] == 8
     for key in ("steps", "pairs", "tokens", "dropped"):
-        assert second.stats[key] == first.stats[key]
+        assert stats[1].stats[key] == stats[0].stats[key]
+    assert len(stored[0]) == len(stored[1]) == 7 + 4
+    for (prompt, logp), (other_prompt, other_logp) in zip(*stored, strict=True):
+        assert prompt == other_prompt and logp == pytest.approx(other_logp, abs=1e-4)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(config: PipelineConfig, lake: Lake) -> None:
