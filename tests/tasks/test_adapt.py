@@ -92,9 +92,7 @@ def test_given_candidates_say_in_which_format_their_prompts_were(config: Pipelin
     assert isinstance(step.config, AdaptConfig) and step.config.prompt_format == "text"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.2)]
-)
+@pytest.mark.parametrize(("name", "value"), [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.2)])
 def test_answers_of_a_law_that_training_does_not_know_are_refused(
     config: PipelineConfig, lake: Lake, name: str, value: float
 ) -> None:
@@ -111,9 +109,7 @@ def test_answers_to_one_prompt_are_too_few(config: PipelineConfig, lake: Lake) -
         adapt.adapt.fn(single, lake.root)
 
 
-def test_prompts_are_never_all_measured_on(
-    config: PipelineConfig, lake: Lake, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_are_never_all_measured_on(config: PipelineConfig, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapt, "_is_measured", lambda prompt_id: True)
     step = adapt.prepare(_settings(config, candidates="candidates/tiny", kept=["1+0"], max_prompts=2), lake)
     stats = lake.manifest(adapt.adapt.fn(step, lake.root)).stats
