@@ -1,6 +1,7 @@
 """Training an S3D adapter from the lake's candidates, or from answers drawn for it."""
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,11 @@ def test_times_are_reported_beside_the_figures() -> None:
 
 
 def test_round_times_come_from_the_clock_that_is_given(config: PipelineConfig) -> None:
-    settings, policy = _settings(config), load_policy(config.generate.model)
-    times = adapt._round_times(policy, adapt._training(settings, 1, 1), settings, lambda: 0.0)
-    assert times == {1: [0.0] * 4, 8: [0.0] * 4}
+    """One that ticks at each look: rounds of any number of drafts take equally long."""
+    settings, policy, ticks = _settings(config), load_policy(config.generate.model), count()
+    times = adapt._round_times(policy, adapt._training(settings, 1, 1), settings, lambda: float(next(ticks)))
+    assert {rows: (len(seconds), len(set(seconds))) for rows, seconds in times.items()} == {1: (4, 1), 8: (4, 1)}
+    assert all(seconds[0].is_integer() and seconds[0] >= 1 for seconds in times.values())
 
 
 def test_a_sampler_head_is_trained_and_published(config: PipelineConfig, lake: Lake) -> None:
