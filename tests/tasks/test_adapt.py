@@ -103,7 +103,8 @@ def test_answers_of_a_law_that_training_does_not_know_are_refused(
 
 
 def test_answers_to_one_prompt_are_too_few(config: PipelineConfig, lake: Lake) -> None:
-    step = adapt.prepare(_settings(config, candidates="candidates/tiny", kept=["1+0"]), lake)
+    ref = _generate(config, lake, seed=10)
+    step = adapt.prepare(_settings(config, candidates=str(ref), kept=["1+0"]), lake)
     assert isinstance(step.config, AdaptConfig)
     single = replace(step, config=step.config.model_copy(update={"max_prompts": 1}))
     with pytest.raises(ConfigError, match="answers to 1 prompts; S3D trains on some and measures on others, give two"):
@@ -112,7 +113,8 @@ def test_answers_to_one_prompt_are_too_few(config: PipelineConfig, lake: Lake) -
 
 def test_prompts_are_never_all_measured_on(config: PipelineConfig, lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapt, "_is_measured", lambda prompt_id: True)
-    step = adapt.prepare(_settings(config, candidates="candidates/tiny", kept=["1+0"], max_prompts=2), lake)
+    ref = _generate(config, lake, seed=10)
+    step = adapt.prepare(_settings(config, candidates=str(ref), kept=["1+0"], max_prompts=2), lake)
     stats = lake.manifest(adapt.adapt.fn(step, lake.root)).stats
     assert (stats["trained_on"], stats["measured_on"]) == (config.generate.n, config.generate.n)
 
@@ -135,7 +137,8 @@ def test_round_times_come_from_the_clock_that_is_given(config: PipelineConfig) -
 
 
 def test_a_sampler_head_is_trained_and_published(config: PipelineConfig, lake: Lake) -> None:
-    step = adapt.prepare(_settings(config, kept=["1+1"], sampler_width=4, candidates="candidates/tiny"), lake)
+    ref = _generate(config, lake, seed=10)
+    step = adapt.prepare(_settings(config, kept=["1+1"], sampler_width=4, candidates=str(ref)), lake)
     found = load_adapter(
         adapt.adapter_path(str(adapt.adapt.fn(step, lake.root)), lake), load_policy(config.generate.model)
     )
