@@ -110,7 +110,7 @@ class SamplerHead(nn.Module):
 
 
 class S3DAdapter(nn.Module):
-    """Mask embeddings (k, width), per kept layer a low-rank term for every linear layer in it, perhaps a sampler head."""
+    """Mask embeddings (k, width), for every linear layer in a kept layer a low-rank term, perhaps a sampler head."""
 
     def __init__(self, loaded: LoadedModel, config: S3DConfig) -> None:
         """An untrained adapter in float32: masks look like the average token; random numbers are torch's own."""

@@ -65,9 +65,7 @@ def _policy(kind: str, tokenizer: object = None) -> LoadedModel:
     return LoadedModel(BUILDERS[kind]().double().eval(), tokenizer, "test", "ab" * 32)  # type: ignore[arg-type]
 
 
-def _adapter(
-    policy: LoadedModel, n_first: int = 2, n_last: int = 1, k: int = 4, sampler_width: int = 0
-) -> S3DAdapter:
+def _adapter(policy: LoadedModel, n_first: int = 2, n_last: int = 1, k: int = 4, sampler_width: int = 0) -> S3DAdapter:
     """One with random weights."""
     torch.manual_seed(4)
     config = S3DConfig(n_first, n_last, k, 3, 6.0, "lora", policy.content_hash, sampler_width=sampler_width)

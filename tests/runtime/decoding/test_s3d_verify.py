@@ -96,9 +96,9 @@ class Toy:
 
     def __init__(self, sharp: float = 1.5, told: bool = False) -> None:
         random = torch.Generator().manual_seed(1)
-        self.told = sharp * torch.randn(V, V, generator=random, dtype=torch.float64) if told else None
         self.target = sharp * torch.randn(V + 1, V + 1, V, generator=random, dtype=torch.float64)
         self.drafted = self.target.mean(0)[:, None] + torch.randn(V + 1, 4, V, generator=random, dtype=torch.float64)
+        self.told = sharp * torch.randn(V, V, generator=random, dtype=torch.float64) if told else None
 
     def strings(self, sampling: SamplingConfig, k: int, rule: RuleName) -> Tensor:
         """Tokens (rows, LENGTH) of many rows, decoded in rounds; V is what came before the first."""
