@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from storage.lake import Lake
 from tasks import generate, ingest
 from tasks.errors import ConfigError
-from tasks.settings import GenerateConfig, IngestConfig, ScoreConfig
 from tasks.runners import open_runner
+from tasks.settings import GenerateConfig, IngestConfig, ScoreConfig
 from tasks.settings_execution import ExecutionConfig
 from tasks.stops import started
 
