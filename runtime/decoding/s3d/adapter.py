@@ -96,13 +96,14 @@ class SamplerHead(nn.Module):
     hidden + up(silu(down(hidden) + before(token's embedding))), as in arXiv 2507.11851; no change until trained.
     """
 
-    def __init__(self, width: int, between: int) -> None:
+    def __init__(self, width: int, between: int, token_scale: float) -> None:
+        """token_scale: root mean square of the embeddings, which are as small as their model likes."""
         super().__init__()
         self.down = nn.Parameter(torch.empty(between, width))
         self.before = nn.Parameter(torch.empty(between, width))
         self.up = nn.Parameter(torch.zeros(width, between))
-        for weights in (self.down, self.before):
-            nn.init.normal_(weights, std=width**-0.5)
+        nn.init.normal_(self.down, std=width**-0.5)
+        nn.init.normal_(self.before, std=width**-0.5 / token_scale)
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """(..., width) each -> (..., width)."""
@@ -117,14 +118,15 @@ class S3DAdapter(nn.Module):
         super().__init__()
         config.check(loaded.model)
         self.config = config
-        mean = _embedding(loaded.model).weight.detach().float().mean(dim=0)
+        embedded = _embedding(loaded.model).weight.detach().float()
+        mean, scale = embedded.mean(dim=0), float(embedded.square().mean().sqrt())
         self.mask_embeddings = nn.Parameter(mean.repeat(config.k, 1))
         self.layers = nn.ModuleDict()
         if config.kind == "lora":
             for index in config.kept(int(loaded.model.config.num_hidden_layers)):
                 terms = {name: LowRank(base, config.rank) for name, base in _linears(_layer(loaded.model, index))}
                 self.layers[str(index)] = nn.ModuleDict(terms)
-        self.sampler = SamplerHead(len(mean), config.sampler_width) if config.sampler_width else None
+        self.sampler = SamplerHead(len(mean), config.sampler_width, scale) if config.sampler_width else None
         self.to(loaded.model.device)
 
     @classmethod
