@@ -1,12 +1,15 @@
 """Text to calibrate an export on: finished answers of the lake, the best of every prompt first."""
 
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow as pa
+import pyarrow.dataset as pads
 
 from runtime.errors import InputError
-from runtime.records import FINISHED
+from runtime.records import FINISHED, Message
 from storage.errors import RefError
 from storage.lake import Lake
 from tasks.errors import ConfigError
@@ -19,6 +22,18 @@ if TYPE_CHECKING:
     from runtime.models import LoadedModel
 
 HELD_OUT = 4  # every so many prompts, one is measured on
+BATCH_ROWS = 1000
+_COLUMNS = ["prompt_id", "candidate_index", "response", "score", "status", "finish_reason"]
+# One thread and no reading ahead: memory stays that of a row group.
+_SMALL = {
+    "batch_size": BATCH_ROWS,
+    "batch_readahead": 0,
+    "fragment_readahead": 0,
+    "use_threads": False,
+    "fragment_scan_options": pads.ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False),
+}
+
+Row = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +61,19 @@ def calibration_text(ref: str, config: ExportConfig, lake: Lake, loaded: "Loaded
     from runtime.edge.text import batches
 
     source = lake.resolve(ref)
-    prompts = lake.read_table(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
-    messages = {row["prompt_id"]: messages_of(row["messages"]) for row in prompts.to_pylist()}
+    chosen = _chosen(_batches(lake.dataset(source, "candidates"), _COLUMNS), config.texts)
+    prompts = lake.dataset(lake.resolve(lake.manifest(source).inputs["prompts"]), "prompts")
+    wanted = sorted({str(row["prompt_id"]) for row in chosen})
+    asked = _asked(_batches(prompts, ["prompt_id", "messages"]), wanted)
     split: tuple[list[Text], list[Text]] = ([], [])
-    n_dropped, places = 0, {prompt: place for place, prompt in enumerate(sorted(messages))}
-    for row in _chosen(lake.read_table(source, "candidates"), config.texts):
-        prompt = str(row["prompt_id"])
-        text = _encoded(loaded, messages[prompt], str(row["response"]), config)
+    n_dropped = 0
+    for row in chosen:
+        place, messages = asked[str(row["prompt_id"])]
+        text = _encoded(loaded, messages, str(row["response"]), config)
         if text is None:
             n_dropped += 1
         else:
-            split[places[prompt] % HELD_OUT == 0].append(text)
+            split[place % HELD_OUT == 0].append(text)
     if not all(split):
         raise ConfigError(
             f"{ref} has too few finished answers to calibrate and measure on ({len(split[0])} and {len(split[1])}); "
@@ -65,22 +82,49 @@ def calibration_text(ref: str, config: ExportConfig, lake: Lake, loaded: "Loaded
     return CalibrationText(batches(split[0]), batches(split[1]), sum(map(len, split)), n_dropped)
 
 
-def _chosen(candidates: pa.Table, n_texts: int) -> list[dict[str, object]]:
-    """The best answer of every prompt, then the second best, and so on."""
-    columns = ["prompt_id", "candidate_index", "response", "score", "status", "finish_reason"]
-    rows = [
-        row
-        for row in candidates.select(columns).to_pylist()
-        if row["status"] == "ok" and row["finish_reason"] in FINISHED
-    ]
-    rows.sort(key=lambda row: (row["prompt_id"], row["score"] is None, -(row["score"] or 0.0), row["candidate_index"]))
-    ranks: dict[str, int] = {}
+def _batches(dataset: pads.Dataset, columns: list[str]) -> Iterator[list[Row]]:
+    """The rows of some columns, a bounded number at a time."""
+    return (batch.to_pylist() for batch in dataset.to_batches(columns=columns, **_SMALL))
+
+
+def _chosen(batches: Iterable[list[Row]], n_texts: int) -> list[Row]:
+    """The best answer of every prompt, then the second best, and so on; no more than these are ever held.
+
+    A row is only pushed back by others, so that whoever is out of the first `n_texts` once stays out.
+    """
+    kept: list[Row] = []
+    for rows in batches:
+        finished = [row for row in rows if row["status"] == "ok" and row["finish_reason"] in FINISHED]
+        kept = _best([*kept, *finished], n_texts)
+    return kept
+
+
+def _best(rows: list[Row], n_texts: int) -> list[Row]:
+    rows = sorted(rows, key=_order)
+    ranks: dict[object, int] = {}
     ranked = []
     for row in rows:
         ranks[row["prompt_id"]] = rank = ranks.get(row["prompt_id"], -1) + 1
         ranked.append((rank, row))
     ranked.sort(key=lambda pair: pair[0])
     return [row for _, row in ranked[:n_texts]]
+
+
+def _order(row: Mapping[str, Any]) -> tuple[str, bool, float, int]:
+    return row["prompt_id"], row["score"] is None, -(row["score"] or 0.0), row["candidate_index"]
+
+
+def _asked(batches: Iterable[list[Row]], wanted: list[str]) -> dict[str, tuple[int, tuple[Message, ...]]]:
+    """Of each of the sorted `wanted`, its place among all prompts in order, and its messages."""
+    n_before, messages = [0] * (len(wanted) + 1), dict[str, tuple[Message, ...]]()
+    sought = frozenset(wanted)
+    for rows in batches:
+        for row in rows:
+            prompt = str(row["prompt_id"])
+            n_before[bisect_right(wanted, prompt)] += 1
+            if prompt in sought:
+                messages[prompt] = messages_of(cast(Any, row["messages"]))
+    return {prompt: (place, messages[prompt]) for prompt, place in zip(wanted, accumulate(n_before), strict=False)}
 
 
 def _encoded(loaded: "LoadedModel", messages: tuple, response: str, config: ExportConfig) -> "Text | None":  # type: ignore[type-arg]

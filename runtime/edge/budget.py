@@ -62,6 +62,7 @@ class Needs:
     gate_bytes: int
     kv_per_token: int  # numbers
     attention_width: int  # of all heads together
+    vocabulary: int
     rank: int  # of the widest predictor
     frequency: tuple[NDArray[np.float32], ...]  # of the cold neurons of each layer, in their order
 
@@ -86,6 +87,7 @@ def needs(manifest: Manifest, resident: Mapping[str, Tensor], config: PreTrained
         gate_bytes=sizes["gate"],
         kv_per_token=math.prod(kv_shape(config, 1)),
         attention_width=config.num_attention_heads * kv_shape(config, 1)[-1],
+        vocabulary=config.vocab_size,
         rank=rank,
         frequency=frequency,
     )
@@ -163,7 +165,8 @@ def _activations(needs: Needs, settings: RunSettings, item: int) -> int:
     feed_forward = (hidden + 4 * block + 2 * needs.rank) * item + 3 * hidden * wide + block
     # Keys and values are repeated for the heads that share them.
     repeated = 2 * settings.max_tokens * width * item
-    decoded = needs.manifest.shape.intermediate * (2 * item + 1)
+    # Scores or gates of all neurons for one token, and the logits of one, drawn from in float32.
+    decoded = needs.manifest.shape.intermediate * (2 * item + 1) + needs.vocabulary * (item + 12)
     return settings.prefill_tokens * (3 * hidden * item + max(attention, feed_forward)) + repeated + decoded
 
 

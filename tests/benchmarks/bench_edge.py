@@ -12,8 +12,10 @@ turns, and of each the repeat of median speed counts.
   predictors, buffers and everything else come out of the share.
 - ladder, at 30 %: base (no cache, three reads per neuron), bundle (one read), cache (hot block and slots), pipeline
   (four threads, overlap, prefetch), placement (cold order by co-activation, reads merged over gaps of a neuron).
-`cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is the peak of RssAnon, above what
-was there before loading, over the budget.
+`cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is the peak of anonymous and shared
+memory (RssAnon + RssShmem), looked at every 5 ms from before the bundle is opened and above what was there then, over
+the budget. `low` and `high` are the slowest and fastest repeat. The last two arms of the ladder are repeated
+`--ladder-repeats` times.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -62,12 +65,16 @@ EDGE: dict[str, tuple[str, float | None, RunSettings]] = {
     "stream": ("flat", 0.25, replace(FULL, keeps=False)),
 }
 MMAP = {"mmap 50 %": 0.50, "mmap 25 %": 0.25}
+OWN = ("RssAnon", "RssShmem")
 DENSE = "dense, in memory"
+CLOSE_ARMS = ("ladder pipeline", "ladder placement")
 SLOW_ARMS = ("stream", "mmap 50 %", "mmap 25 %", "ladder base", "ladder bundle")
 
 
 def main() -> None:
-    settings = options(__doc__, tokens=64, slow_tokens=8, size="1g", work="edge-bench", arm="", only=[""])
+    settings = options(
+        __doc__, tokens=64, slow_tokens=8, ladder_repeats=5, size="1g", work="edge-bench", arm="", only=[""]
+    )
     work = Path(settings.work) / settings.size
     if settings.arm:
         print(json.dumps(_child(settings, work)))
@@ -76,8 +83,10 @@ def main() -> None:
     arms = [DENSE, *EDGE, *MMAP]
     chosen = [arm for arm in arms if settings.only == [""] or arm in settings.only]
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in chosen}
-    for _ in range(settings.repeats):
+    for turn in range(max(settings.repeats, settings.ladder_repeats)):
         for arm in chosen:
+            if turn >= (settings.ladder_repeats if arm in CLOSE_ARMS else settings.repeats):
+                continue
             result = _run(arm, work, settings)
             if result is not None:
                 found[arm].append(result)
@@ -123,8 +132,10 @@ def _run(arm: str, work: Path, settings: argparse.Namespace) -> dict[str, float]
 
 
 def _row(arm: str, results: list[dict[str, float]]) -> dict[str, object]:
-    """The repeat of median speed."""
-    return {"arm": arm} | sorted(results, key=lambda one: one["tokens/s"])[len(results) // 2]
+    """The repeat of median speed, and how far the others lie from it."""
+    ranked = sorted(results, key=lambda one: one["tokens/s"])
+    spread = {"repeats": len(ranked), "low": ranked[0]["tokens/s"], "high": ranked[-1]["tokens/s"]}
+    return {"arm": arm} | ranked[len(ranked) // 2] | spread
 
 
 def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
@@ -137,7 +148,7 @@ def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
     _tiny()  # what the libraries allocate at first use
     resident = _numbers(work)["resident"]
     _drop_from_cache(work / "model.safetensors")  # pages of other processes are not counted against the limit
-    limit = _memory("RssAnon") + resident + MMAP[settings.arm] * _numbers(work)["ffn"]
+    limit = _memory(*OWN) + resident + MMAP[settings.arm] * _numbers(work)["ffn"]
     with _limited(int(limit)):
         return _measured(_decoder(_dense(work, mapped=True)), topics, n_warm=2)
 
@@ -146,26 +157,19 @@ def _edge(
     work: Path, ids: list[int], name: str, share: float | None, settings: RunSettings, is_stream: bool
 ) -> dict[str, float]:
     _tiny()
-    before = _memory("RssAnon")
     numbers = _numbers(work)
     budget = None if share is None else int(numbers["resident"] + share * numbers["ffn"])
-    with EdgeModel(open_bundle(work / name, verify=False), budget, settings) as model:
+    with _peak() as peak, EdgeModel(open_bundle(work / name, verify=False), budget, settings) as model:
         step: Callable[[int], object] = (lambda token: model._feed([token], False)) if is_stream else model.step
         activity = model.ffn.activity
-        peak = [0]
-
-        def watched(token: int) -> None:
-            step(token)
-            peak[0] = max(peak[0], _memory("RssAnon") - before)
-
         n_warm = 2 if settings.keeps is False else WARM
         if share is None:
             model.forward(ids[:2])  # reads everything once
             model.reset()
         for token in ids[WARM - n_warm : WARM]:
-            watched(token)
+            step(token)
         hits, first = (activity.n_missing, activity.n_active), model.report()
-        found = _measured(watched, ids[WARM:], n_warm=0)
+        found = _measured(step, ids[WARM:], n_warm=0)
         n, report = len(ids) - WARM, model.report()
         n_active = activity.n_active - hits[1]
         assert not report.is_direct or report.read_bytes - first.read_bytes <= found["io MiB/token"] * 2**20 * n + 1
@@ -175,6 +179,24 @@ def _edge(
             "budget MiB": report.memory.total / 2**20,
             "over": peak[0] / report.memory.total,
         }
+
+
+@contextlib.contextmanager
+def _peak() -> Iterator[list[int]]:
+    """The most memory so far above what is taken now, looked at by a thread beside this one."""
+    before, peak, is_done = _memory(*OWN), [0], threading.Event()
+
+    def look() -> None:
+        while not is_done.wait(0.005):
+            peak[0] = max(peak[0], _memory(*OWN) - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        is_done.set()
+        watcher.join()
 
 
 def _measured(step: Callable[[int], object], ids: list[int], n_warm: int) -> dict[str, float]:
@@ -255,9 +277,9 @@ def _limited(n_bytes: int) -> Iterator[None]:
         group.rmdir()
 
 
-def _memory(field: str) -> int:
+def _memory(*fields: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(fields))
 
 
 def _io() -> int:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_edge_quality.py --prompts 200
     python tests/benchmarks/bench_edge_quality.py --silu ../shared/models/stories3m --texts STORIES.jsonl.gz
+    python tests/benchmarks/bench_edge_quality.py --relufy ../shared/models/stories3m --texts STORIES.jsonl.gz
 
 The starter is calibrated on its own answers and measured on those to other prompts.
 """
@@ -11,10 +12,16 @@ import gzip
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from runtime.alignment.collate import PreferenceRow
+from runtime.alignment.config import OfflineConfig, Places
+from runtime.alignment.losses import LossSettings
+from runtime.alignment.offline import PairRows, train_offline
+from runtime.alignment.sparsity import SparsitySettings, relufied
 from runtime.decoding.engine import Engine
 from runtime.decoding.rejection import CutSchedule
 from runtime.decoding.sampling import SamplingConfig
@@ -38,11 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--silu", default="")
+    parser.add_argument("--relufy", default="")
+    parser.add_argument("--stories", type=int, default=800, help="to train on, with --relufy")
     parser.add_argument("--texts", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.silu:
         thresholds(load_policy(options.silu), Path(options.texts))
+        return
+    if options.relufy:
+        relufy(options.relufy, Path(options.texts), options.stories)
         return
     loaded = load_policy(str(path("policy")))
     fitted, held_out = own_answers(loaded, options.prompts)
@@ -105,11 +117,7 @@ def weights(loaded: LoadedModel, held_out: Sequence[TokenBatch]) -> None:
 
 def thresholds(loaded: LoadedModel, texts: Path) -> None:
     """CATS on a SiLU model."""
-    with gzip.open(texts, "rt") as file:
-        rows = [json.loads(next(file))["text"] for _ in range(200)]
-    start = [loaded.tokenizer.bos_token_id]
-    ids = [(start + loaded.tokenizer.encode(row, add_special_tokens=False))[:400] for row in rows]
-    fitted, held_out = batches([Text(row) for row in ids[:150]]), batches([Text(row) for row in ids[150:]])
+    fitted, held_out = stories(loaded, read_stories(texts, 200))
     base, shape = perplexity(logits_of(loaded.model), held_out), shape_of(loaded.model)
     gates = [gate_predictor(shape)] * shape.n_layers
     print(f"\nperplexity {base:.4f}\n| left out | perplexity |\n|---|---|")
@@ -119,6 +127,68 @@ def thresholds(loaded: LoadedModel, texts: Path) -> None:
         found = profile(loaded.model, held_out, ProfileSettings(share))
         left_out = 1 - sum(float(layer.frequency.mean()) for layer in found.layers) / shape.n_layers
         print(f"| {left_out:.1%} | {cost:+.2%} |")
+
+
+def read_stories(texts: Path, n: int) -> list[str]:
+    """The first of a file."""
+    with gzip.open(texts, "rt") as file:
+        return [json.loads(next(file))["text"] for _ in range(n)]
+
+
+def stories(loaded: LoadedModel, rows: Sequence[str]) -> tuple[list[TokenBatch], list[TokenBatch]]:
+    """150 to fit to, 50 to measure on."""
+    start = [loaded.tokenizer.bos_token_id]
+    ids = [(start + loaded.tokenizer.encode(row, add_special_tokens=False))[:400] for row in rows]
+    return batches([Text(row) for row in ids[:150]]), batches([Text(row) for row in ids[150:200]])
+
+
+def relufy(model: str, texts: Path, n_stories: int) -> None:
+    """A SiLU model as it is, with ReLU untrained, and after one pass over other stories."""
+    rows = read_stories(texts, 200 + n_stories)
+    print(
+        f"{n_stories} stories, one pass\n| training | perplexity | active | predictor | recall | predicted | exported |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    arms = {"none (SiLU)": None, "none, ReLU put in": None, "SiLU": SparsitySettings()}
+    for weight in (0.0, 1.0):
+        arms[f"relufy, sparsity_weight {weight:g}"] = SparsitySettings(True, weight)
+    for name, sparsity in arms.items():
+        loaded = load_policy(model)
+        if sparsity is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                pairs = [pair for number, row in enumerate(rows[200:]) if (pair := _story(number, row))]
+                places = Places(Path(folder) / "model", Path(folder) / "work")
+                train_offline(loaded, PairRows(pairs), replace(SFT, sparsity=sparsity), places)
+        elif "ReLU" in name:
+            relufied(loaded.model)
+        loaded.model.eval()
+        print(f"| {name} | {_exported(loaded, rows[:200])} |", flush=True)
+
+
+SFT = OfflineConfig(LossSettings("sft"), learning_rate=5e-4, batch_size=8, max_length=400, prompt_format="text")
+
+
+def _story(number: int, text: str) -> PreferenceRow | None:
+    """Its first word asks for the rest; None for what has no second."""
+    first, gap, rest = text.partition(" ")
+    return PreferenceRow(str(number), "stories", (Message("user", first),), gap + rest, "-", None) if rest else None
+
+
+def _exported(loaded: LoadedModel, rows: Sequence[str]) -> str:
+    """Perplexity, share of active neurons, and what a predictor costs on top where there is ReLU."""
+    fitted, held_out = stories(loaded, rows)
+    found, base = profile(loaded.model, fitted), perplexity(logits_of(loaded.model), held_out)
+    if found.shape.activation == "silu":
+        return f"{base:.4f} | | | | |"
+    active = sum(float(layer.frequency.mean()) for layer in found.layers) / len(found.layers)
+    nothing = [0.0] * found.shape.n_layers
+    parts = fit_predictors(loaded.model, fitted, nothing, PredictorSettings("auto"))
+    cost = sparse_perplexity(loaded.model, (parts, nothing), held_out) / base - 1
+    recall, predicted = (
+        sum(values) / len(parts) for values in zip(*((p.recall, p.predicted_active) for p in parts), strict=True)
+    )
+    kinds = ", ".join(sorted({f"{p.kind} {len(p.fc1)}" if p.kind == "low_rank" else p.kind for p in parts}))
+    return f"{base:.4f} | {active:.1%} | {kinds} | {recall:.4f} | {predicted:.1%} | {cost:+.4%}"
 
 
 if __name__ == "__main__":

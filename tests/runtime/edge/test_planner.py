@@ -79,7 +79,7 @@ def test_a_phone_is_modelled_and_says_so(found: Needs) -> None:
 def test_what_is_planned_is_what_the_engine_takes(tmp_path: Path) -> None:
     bundle = open_bundle(written(tmp_path / "b"))
     with EdgeModel(bundle, None, RunSettings(max_tokens=64)) as whole:
-        made = plan(whole.needs, PC, int(whole.memory.total * 0.9), 64)
+        made = plan(whole.needs, PC, int(whole.memory.total * 0.95), 64)
     with EdgeModel(bundle, made.budget_bytes, made.settings(64)) as model:
         assert model.memory.slots == made.slots
         assert sum(model.memory.fixed.values()) == made.pinned_bytes

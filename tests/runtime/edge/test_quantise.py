@@ -4,8 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.edge.quantise import dequantise, quantise, row_bytes, unpack
+from runtime.edge.layout import RecordLayout
+from runtime.edge.quantise import FLOATS, dequantise, quantise, row_bytes, unpack
 from runtime.edge.records import Matrix, WeightFormat
+from runtime.edge.store import Workspace
 from runtime.errors import ConfigError, ModelError
 
 
@@ -72,3 +74,18 @@ def test_what_a_format_cannot_hold_is_refused() -> None:
         quantise(torch.full((1, 32), 1e6), "float16")
     with pytest.raises(ModelError, match="above float16"):
         quantise(torch.full((1, 32), 1e8), "int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
+def test_an_operand_is_bit_for_bit_the_weights_and_a_view_where_nothing_is_widened(
+    format: WeightFormat, dtype: torch.dtype
+) -> None:
+    matrix = quantise(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)), format, 16)
+    workspace = Workspace(8, RecordLayout(64, format, 16), matrix.values.dtype, dtype)
+    for rows in (slice(3, 11), slice(16, 20)):
+        operand = workspace.operand(matrix, rows)
+        assert operand.dtype == dtype
+        assert torch.equal(operand, dequantise(matrix, dtype)[rows])
+        is_view = operand.data_ptr() == matrix.values[rows].data_ptr()
+        assert is_view == (FLOATS.get(format) == dtype)
