@@ -17,7 +17,7 @@ from typing import IO
 
 from tasks.errors import ConfigError
 
-START_SECONDS = 180
+START_SECONDS = 600  # one that ends is noticed at once; a machine may have other things to do
 END_SECONDS = 10
 _SETTINGS = {
     "PREFECT__SERVER_EPHEMERAL": "1",

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -95,7 +96,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def content_hash(source: str) -> str:
-    """sha256 hex over the names and bytes of the files that loading reads."""
+    """sha256 hex over the names and bytes of the files that loading reads; a process reads files once."""
     return _hash_of(_resolve(source))
 
 
@@ -108,9 +109,16 @@ def adapter_hash(folder: Path) -> str:
 
 
 def _hash_of(folder: Path) -> str:
+    stats = [(path, path.stat()) for path in _model_files(folder)]
+    return _hashed(tuple((path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats))
+
+
+@lru_cache(maxsize=64)
+def _hashed(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
+    """The times and the inode are only there to notice a file that was changed."""
     digest = hashlib.sha256()
-    for path in _model_files(folder):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+    for path, size, *_ in files:
+        digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -14,5 +14,5 @@ def prefect_server() -> Iterator[None]:
     """A real, temporary Prefect server with its own database."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=240):
         yield

@@ -59,6 +59,9 @@ def test_deploying_twice_leaves_one_of_each(server: Server, server_lake: Path) -
     again = winnow(server, "deploy", "--lake", str(server_lake), "--json")
     assert again.returncode == 0, again.stderr
     told = json.loads(again.stdout)
+    counts = ", ".join(f"{len(told[what])} {what}" for what in ("deployments", "schedules", "automations"))
+    for page in ("README.md", "docs/operations.md"):
+        assert f"winnow deploy                                      # {counts}" in (ROOT / page).read_text()
     there = server.call("POST", "/deployments/filter", {"limit": 100})
     assert len(there) == len(told["deployments"]) == len(FLOWS)
     for one in there:

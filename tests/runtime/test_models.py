@@ -64,6 +64,23 @@ def test_stop_ids_join_all_sources(tiny_policy_dir: Path) -> None:
     assert stop_ids(loaded) == {1, 7, 9}
 
 
+def test_a_process_reads_a_model_once_for_its_hash_and_again_when_it_changes(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(tiny_policy_dir, tmp_path / "copy"))
+    first = content_hash(str(copy))
+    weights = copy / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", None)  # to read would fail
+        assert content_hash(str(copy)) == first
+    replaced = tmp_path / "other"
+    replaced.write_bytes(changed)
+    replaced.rename(weights)  # of the same size
+    assert content_hash(str(copy)) != first
+
+
 def test_content_hash_follows_bytes_and_ignores_the_card(tiny_policy_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_policy_dir, tmp_path / "copy"))
     assert content_hash(str(copy)) == content_hash(str(tiny_policy_dir))
