@@ -58,6 +58,7 @@ def _report(refs: Mapping[str, DatasetRef], cached: Mapping[str, bool], lake: La
         "groups": stats["evaluate"]["groups"],
         "worst_group": stats["evaluate"]["worst_group"],
         "edge": asdict(edge_answer(lake, refs["export"], refs["ingest"])),
+        "export_seconds": stats["export"]["seconds"],
         "query": {"sql": QUERY, "columns": result.columns, "rows": [list(row) for row in result.rows]},
     }
 
@@ -101,4 +102,7 @@ def _print(report: Mapping[str, object]) -> None:
     )
     console.print(f"Token by token {'the same' if e['is_same'] else 'NOT the same'} answer as with all in memory.")
     n_cached = sum(bool(s["cached"]) for s in stages.values())
-    console.print(f"\n{n_cached} of {len(stages)} stages were in the lake already; {report['seconds']} s in all.")
+    console.print(
+        f"\n{n_cached} of {len(stages)} stages were in the lake already; {report['seconds']} s in all. "
+        f"Making the bundle took {report['export_seconds']} s."
+    )

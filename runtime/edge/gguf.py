@@ -29,16 +29,23 @@ BLOCK = 32  # columns that share a scale in Q8_0 and Q4_0
 
 @dataclass(frozen=True, slots=True)
 class GgufSettings:
-    """type: of all matrices but predictors, which are F16. name: what clients show."""
+    """type: of all matrices but predictors, which are F16. name: what clients show.
+
+    is_drelu: for PowerInfer alone, the weights are of a model with relu on gate and up (its architecture bamboo), which
+    transformers cannot compute: the caller vouches for that, and nothing is measured of it.
+    """
 
     type: GgufType = "F16"
     name: str = "winnow"
     alignment: int = 32
+    is_drelu: bool = False
 
 
 def write_gguf(path: Path, loaded: LoadedModel, settings: GgufSettings = GgufSettings()) -> None:
     """For llama.cpp, transformers and whoever reads GGUF; a ReLU gate is folded into the SiLU that they have."""
     _check_model(loaded.model)
+    if settings.is_drelu:
+        raise ConfigError("is_drelu: a gate with relu on up as well cannot be folded into silu; use write_powerinfer")
     _write(path, loaded, settings, None)
 
 
@@ -95,7 +102,7 @@ def _write(path: Path, loaded: LoadedModel, settings: GgufSettings, sparsity: Sp
     config = cast(Any, loaded.model.config)
     expected = {
         "general.file_type": FILE_TYPES[settings.type],
-        f"{NAMES[config.model_type]}.rope.freq_base": float(np.float32(config.rope_parameters["rope_theta"])),
+        f"{_architecture(config, settings)}.rope.freq_base": float(np.float32(config.rope_parameters["rope_theta"])),
     }
     with whole_file(path) as part:
         _write_part(part, loaded, settings, sparsity)
@@ -109,12 +116,16 @@ def _write_part(part: Path, loaded: LoadedModel, settings: GgufSettings, sparsit
     from gguf import GGUFWriter
 
     config = cast(Any, loaded.model.config)
-    writer = GGUFWriter(str(part), NAMES[config.model_type])
+    writer = GGUFWriter(str(part), _architecture(config, settings))
     _add_keys(writer, config, settings, is_sparse=sparsity is not None)
     _add_vocabulary(writer, vocabulary(loaded.tokenizer, config.vocab_size), loaded)
     for name, values in tensors(loaded.model, sparsity):
         _add_tensor(writer, name, values, settings.type)
     write_out(writer)
+
+
+def _architecture(config: Any, settings: GgufSettings) -> str:
+    return "bamboo" if settings.is_drelu else NAMES[config.model_type]
 
 
 def _add_keys(writer: "GGUFWriter", config: Any, settings: GgufSettings, is_sparse: bool) -> None:

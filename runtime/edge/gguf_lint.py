@@ -118,11 +118,12 @@ def open_gguf(path: Path, types: Mapping[int, int] | None = None) -> "GGUFReader
             return np.frombuffer(GGUF, dtype=np.uint32) if offset == 0 else found
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-            for field in fields if types else ():
+            known = types or {}
+            for field in fields if known else ():
                 number = int(field.parts[4][0])
-                if number not in types:
-                    raise ValueError(f"{field.name} has type {number}, not {', '.join(map(str, types))}")
-                field.parts[4] = np.array([types[number]], dtype=np.uint32)
+                if number not in known:
+                    raise ValueError(f"{field.name} has type {number}, not {', '.join(map(str, known))}")
+                field.parts[4] = np.array([known[number]], dtype=np.uint32)
             super()._build_tensors(start_offs, fields)
 
     return Reader(path)

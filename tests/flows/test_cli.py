@@ -11,8 +11,10 @@ import typer
 from typer.testing import CliRunner
 
 from flows.cli import app
+from runtime.starter import path as starter
 from storage.lake import Lake
 from tests.tasks.test_chain import config, lake
+from tests.tasks.test_export import without_bytes
 
 __all__ = ["config", "lake"]  # fixtures
 
@@ -55,6 +57,16 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     # A configured server that does not exist: nothing here may get as far as needing one.
     variables = os.environ | {"PREFECT_API_URL": "", "COLUMNS": "200"} | environment
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_a_format_cannot_hold_is_one_line(tmp_path: Path) -> None:
+    folder = without_bytes(starter("policy"), tmp_path)
+    for format in ("gguf", "powerinfer"):
+        done = _run("export", str(folder), "--format", format, "--lake", str(tmp_path / "lake"))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "the vocabulary has no byte tokens" in done.stderr.splitlines()[-1]
 
 
 def test_every_command_has_help_and_is_in_the_readme() -> None:

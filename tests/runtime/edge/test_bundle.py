@@ -134,6 +134,7 @@ def test_a_huge_header_is_refused(copy: Path) -> None:
         (lambda m: m["shape"].update(n_layers=10**9), "n_layers = 1000000000"),
         (lambda m: m["shape"].update(hidden=64), "not at|must have|lies at"),
         (lambda m: m.update(block=0), "block = 0"),
+        (lambda m: m.update(block=97), "block = 97 is above the 96 neurons of a layer"),
         (lambda m: m.update(weight_format="int3"), "'int3'"),
         (lambda m: m["files"].update({"../x": m["files"][NEURONS]}), "cannot be part of a bundle"),
         (lambda m: m["files"].update({"/etc/passwd": m["files"][NEURONS]}), "cannot be part of a bundle"),
@@ -144,7 +145,8 @@ def test_a_huge_header_is_refused(copy: Path) -> None:
         (lambda m: m["config"].update(model_type="gpt2"), "model type 'gpt2'"),
         (lambda m: m["config"].update(num_hidden_layers=9), "shape and its model configuration differ"),
         (lambda m: m["config"].update(num_attention_heads=0), "configuration|missing or not"),
-        (lambda m: m["config"].update(vocab_size=1 << 40), "missing or not"),
+        (lambda m: m["config"].update(vocab_size=1 << 40), "vocab_size = 1099511627776, above 16777216"),
+        (lambda m: m["config"].update(vocab_size=641), "missing or not"),
         (lambda m: m["config"].update(rope_parameters={"rope_type": "dynamic"}), "rope"),
     ],
 )

@@ -138,6 +138,30 @@ def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_p
         assert 0.2 < is_computed.float().mean() < 0.8
 
 
+def test_a_model_with_relu_on_gate_and_up_becomes_a_bamboo_file(wide: LoadedModel, tmp_path: Path) -> None:
+    """The file's tensors against dReLU (arXiv 2406.05955) in plain torch, on the model's own weights."""
+    path, settings = tmp_path / "m.powerinfer.gguf", GgufSettings("F16", is_drelu=True)
+    write_powerinfer(path, wide, exact(wide.model), settings)
+    reader = open_gguf(path)
+    assert value_of(reader, "general.architecture") == "bamboo"
+    assert value_of(reader, "bamboo.feed_forward_length") == 1024
+    assert problems(path, {"bamboo.rope.freq_base": 10000.0}) == []
+    tensors = {name: torch.from_numpy(t.data.astype(np.float32)) for name, t in tensors_of(path).items()}
+    for index, layer in enumerate(ffn_layers(wide.model)):
+        residual = torch.randn(20, 64, generator=torch.Generator().manual_seed(index))
+        fc1, fc2, gate, up, down = (
+            tensors[f"blk.{index}.{name}.weight"] for name in ("fc1", "fc2", "ffn_gate", "ffn_up", "ffn_down_t")
+        )
+        is_computed = torch.relu(residual @ fc1.T) @ fc2.T >= 0
+        with torch.inference_mode():
+            normed, mlp = layer.norm(residual), layer.mlp
+            wanted = mlp.down_proj(torch.relu(mlp.gate_proj(normed)) * torch.relu(mlp.up_proj(normed)))
+            found = (is_computed * torch.relu(normed @ gate.T) * torch.relu(normed @ up.T)) @ down
+        assert (found - wanted).norm() / wanted.norm() < 2e-3
+    with pytest.raises(ConfigError, match="cannot be folded into silu"):
+        write_gguf(tmp_path / "plain.gguf", wide, settings)
+
+
 def test_more_than_ten_layers_and_a_rope_base_are_where_powerinfer_reads_them(
     wide: LoadedModel, tmp_path: Path
 ) -> None:

@@ -1,27 +1,32 @@
-"""The engines themselves, where the environment names their binaries: perplexity by their own tools, one thread.
+"""The engines themselves, where they are at hand, on one thread.
 
-WINNOW_POWERINFER_BIN and WINNOW_LLAMACPP_BIN are folders with `perplexity` (or `llama-perplexity`).
+WINNOW_POWERINFER_BIN and WINNOW_LLAMACPP_BIN are folders with `perplexity` (or `llama-perplexity`); xllamacpp is a
+package that has llama.cpp as a library.
 """
 
+import math
 import os
 import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from runtime.edge.gguf import write_gguf, write_powerinfer
+from runtime.edge.gguf import GgufSettings, GgufType, write_gguf, write_powerinfer
 from runtime.edge.gguf_read import sparse_model
 from runtime.edge.sparse import sparse
-from runtime.models import LoadedModel, load_policy
+from runtime.models import LoadedModel, encode_prompt, load_policy
+from runtime.records import Message
 from runtime.starter import path as starter
 from tests.runtime.edge.models import gated_model
 from tests.runtime.edge.test_gguf import exact
 
 TEXT = "Start with 14.\nAdd 9 and you have 23.\nTake away 4 and you have 19.\nSo the answer is 19.\n" * 12
 CHUNK = 128
+ASKED = "One line for the front desk, please. What is 23 + 9 + 8 - 12 ?"
 
 
 def _tool(variable: str) -> Path:
@@ -84,6 +89,43 @@ def test_powerinfer_computes_what_we_do(wide: LoadedModel, tmp_path: Path) -> No
     assert _is_among(found, own), (found, own)
     assert _perplexity_of(tool, path, threshold=-1e9) == pytest.approx(found, rel=1e-3)  # all neurons computed
     assert _perplexity_of(tool, path, threshold=1e9) != pytest.approx(found, rel=1e-2)  # none
+
+
+@pytest.mark.parametrize(("type", "most", "rel"), [
+    ("F32", 0.05, 1e-4), ("F16", 0.05, 1e-4), ("Q8_0", 0.5, 1e-3), ("Q4_0", 8.0, 5e-3)
+])  # fmt: skip
+def test_llama_cpp_as_a_library_gives_the_models_probabilities(
+    tmp_path: Path, type: GgufType, most: float, rel: float
+) -> None:
+    """Of every token of the vocabulary that is not all but impossible, after each token of the starter's own answer."""
+    llama_cpp: Any = pytest.importorskip("xllamacpp", reason="needs llama.cpp: .venv/bin/pip install xllamacpp")
+    loaded = load_policy(str(starter("policy")))
+    write_gguf(tmp_path / "m.gguf", loaded, GgufSettings(type))
+    ids = encode_prompt(loaded.tokenizer, [Message("user", ASKED)], "chat")
+    with torch.inference_mode():
+        text = loaded.model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)
+        own = loaded.model(text).logits[0].double().log_softmax(-1)
+    server = _server(llama_cpp, tmp_path / "m.gguf")
+    largest, found = 0.0, torch.full_like(own, torch.nan)
+    for end in range(len(ids), text.shape[1]):
+        asked = {"prompt": text[0, :end].tolist(), "max_tokens": 1, "logprobs": own.shape[1], "temperature": 1.0}
+        answer = server.handle_completions(asked | {"cache_prompt": False})
+        listed = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        found[end - 1, [one["id"] for one in listed]] = torch.tensor([one["logprob"] for one in listed]).double()
+        likely = own[end - 1] > math.log(1e-4)
+        largest = max(largest, float((found[end - 1] - own[end - 1])[likely].abs().max()))
+    assert largest < most
+    places, wanted = torch.arange(len(ids) - 1, text.shape[1] - 1), text[0, len(ids) :]
+    perplexities = [float((-logps[places, wanted].mean()).exp()) for logps in (found, own)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=rel)
+
+
+def _server(llama_cpp: Any, path: Path) -> Any:
+    settings = llama_cpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel = str(path), 256, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    settings.warmup, settings.verbosity = False, 0
+    return llama_cpp.Server(settings)
 
 
 def test_llama_cpp_computes_what_we_do(tmp_path: Path) -> None:
