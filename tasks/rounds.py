@@ -27,7 +27,9 @@ def check_rounds(config: PipelineConfig) -> None:
             "set generate.calibration"
         )
     if config.execution.approve_training:
-        raise ConfigError("execution.approve_training = true: rounds train without asking; set false, or run a pipeline")
+        raise ConfigError(
+            "execution.approve_training = true: rounds train without asking; set false, or run a pipeline"
+        )
 
 
 def round_config(config: PipelineConfig, number: int, model: str) -> PipelineConfig:

@@ -47,7 +47,14 @@ def _check(places: list[tuple[int, str, float, float]]) -> None:
 def _ray_cluster() -> Iterator[str]:
     """One machine with eight places for processes and two GPUs; nobody looks whether they are there."""
     address = f"127.0.0.1:{free_port()}"
-    options = ["--head", "--block", "--num-cpus=8", "--num-gpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    options = [
+        "--head",
+        "--block",
+        "--num-cpus=8",
+        "--num-gpus=2",
+        "--include-dashboard=false",
+        "--disable-usage-stats",
+    ]
     # Its sockets are in this folder; their names may not be long.
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
         place = [f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", f"--port={address.partition(':')[2]}"]
