@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from prefect import task
+from prefect.utilities.engine import capture_sigterm
 
 from tasks.leases import use_gpu
 from tasks.runners import open_runner
@@ -31,10 +32,10 @@ def hold(execution: ExecutionConfig, folder: str) -> None:
 
 
 def main(folder: str) -> None:
-    """Two worker processes, each with a shard without end."""
+    """Two worker processes, each with a shard without end; SIGTERM does here what it does in a flow."""
     execution = ExecutionConfig(task_runner="process", workers=2, gpus=["0", "1"])
     runner = open_runner(execution)
-    with started(runner):
+    with capture_sigterm(), started(runner):
         for future in [runner.submit(hold, {"execution": execution, "folder": folder}) for _ in range(2)]:
             future.result()
 

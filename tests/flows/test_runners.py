@@ -127,7 +127,7 @@ def _wait(is_so: Callable[[], bool]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])  # killed, and cancelled
 def test_worker_processes_end_with_their_run_and_give_their_gpus_back(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from storage.lake import Lake
 from storage.writer import Shard
 from tests.infra.test_faults import GENERATE
 from tests.infra.test_worker import SMALL
 from tests.servers.buckets import new_lake, use_endpoint
-from tests.servers.prefect import Server, is_idle, prefect_server, start, stop, wait_until, winnow, worker
+from tests.servers.prefect import ROOT, Server, is_idle, prefect_server, start, stop, wait_until, winnow, worker
 from tests.servers.processes import moto
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
@@ -153,6 +154,48 @@ def test_a_failed_run_is_told_through_the_block_that_was_named(server: Server, t
     assert '"prompts/none" is not in the lake' in mine()[0]["body"]
 
 
+def _crashed_worker(server: Server, lake: Path) -> str:
+    """A run that was killed together with its worker."""
+    values = {"config": GENERATE | {"name": "long", "n": 16}, "lake": str(lake)}
+    _prompts(lake)
+    with worker(server, "gone"):
+        run_id = server.run("generate/default", **values)
+        server.wait(run_id, ("RUNNING",))
+        wait_until(lambda: "will-be-made" in server.logs(run_id), "its first words")
+    return run_id
+
+
+def _prompts(lake: Path) -> None:
+    from tasks import ingest
+    from tasks.settings import IngestConfig
+
+    ingest.ingest.fn(ingest.prepare(IngestConfig(name="long", max_prompts=200, max_heldout=2)), str(lake))
+
+
+def test_a_run_that_is_cancelled_when_its_worker_is_gone_is_cancelled(server: Server, tmp_path: Path) -> None:
+    run_id = _crashed_worker(server, tmp_path / "lake")
+    state = {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False}
+    server.call("POST", f"/flow_runs/{run_id}/set_state", state)
+    # infra/automations/stuck-cancelling-runs.yaml: two minutes, and the server looks now and then.
+    assert server.wait(run_id, ("CANCELLED", "CRASHED"), seconds=300)["state"]["type"] == "CANCELLED"
+
+
+def test_a_run_without_end_is_cancelled(server: Server, tmp_path: Path) -> None:
+    """The shipped automation, with seconds for its day."""
+    endless = yaml.safe_load((ROOT / "infra" / "automations" / "endless-runs.yaml").read_text())
+    assert endless["trigger"]["within"] == 24 * 3600
+    endless["trigger"]["within"] = 20
+    made = server.call("POST", "/automations/", endless | {"name": "endless in a test"})
+    try:
+        _prompts(tmp_path / "lake")
+        with worker(server, "endless"):
+            config = GENERATE | {"name": "long", "n": 16}
+            run_id = server.run("generate/default", config=config, lake=str(tmp_path / "lake"))
+            assert server.wait(run_id, seconds=400)["state"]["type"] == "CANCELLED"
+    finally:
+        server.call("DELETE", f"/automations/{made['id']}")
+
+
 def test_serve_runs_what_the_server_asks_for_without_a_worker(tmp_path: Path) -> None:
     with prefect_server(tmp_path / "prefect") as server:
         command = [sys.executable, "-m", "flows.cli", "serve", "--lake", str(tmp_path / "lake")]
@@ -164,6 +207,8 @@ def test_serve_runs_what_the_server_asks_for_without_a_worker(tmp_path: Path) ->
             run_id = server.run("ingest/default", config={"name": "served", "max_prompts": 5})
             assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
             assert Lake.open(str(tmp_path / "lake")).find("prompts", "served")
+            automations = {one["name"] for one in server.call("POST", "/automations/filter", {})}
+            assert {"winnow: zombie runs", "winnow: restart crashed runs"} <= automations
             active = [s["active"] for s in server.deployment("pipeline/default")["schedules"]]
             assert active == [True]
             os.kill(process.pid, signal.SIGINT)
@@ -173,7 +218,7 @@ def test_serve_runs_what_the_server_asks_for_without_a_worker(tmp_path: Path) ->
             stop(process)
 
 
-def test_two_machines_that_share_a_lake_on_s3_do_one_pipeline(
+def test_a_machine_goes_on_from_the_lake_on_s3_where_another_one_was_lost(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each worker has a home, a cache, a temporary folder and a working folder of its own."""

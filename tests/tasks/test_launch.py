@@ -80,7 +80,8 @@ launch._run(Path(sys.argv[1]), 2, lambda done, total: None, is_cpu=True)
 """
 
 
-def _alive(marker: str) -> list[int]:
+def alive(marker: str) -> list[int]:
+    """Processes with this in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -104,13 +105,13 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path, how: signa
     parent = subprocess.Popen([sys.executable, "-c", LAUNCH, str(work)], cwd=Path(__file__).parents[2])
     try:
         deadline = time.monotonic() + 120
-        while len(_alive(str(work))) < 4 and time.monotonic() < deadline:  # the parent, torchrun and two processes
+        while len(alive(str(work))) < 4 and time.monotonic() < deadline:  # the parent, torchrun and two processes
             time.sleep(0.2)
-        assert len(_alive(str(work))) >= 4
+        assert len(alive(str(work))) >= 4
     finally:
         os.kill(parent.pid, how)
         parent.wait(timeout=60)
     deadline = time.monotonic() + 60
-    while _alive(str(work)) and time.monotonic() < deadline:
+    while alive(str(work)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert _alive(str(work)) == []
+    assert alive(str(work)) == []

@@ -2,15 +2,19 @@
 
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from storage.lake import Lake
+from tasks import generate, ingest
 from tasks.servers import a_server, open_server
-from tasks.settings import GenerateConfig
+from tasks.settings import GenerateConfig, IngestConfig
 from tasks.settings_execution import ExecutionConfig
+from tests.servers.completions import completions
 
 FLEET = "http://one:8000/v1, http://two:8000/v1,http://one:8000/v1"
 
@@ -75,3 +79,32 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OPENAI_API_KEY", "planted")
     server = open_server(_config())
     assert server.key == "planted" and "planted" not in repr(server)
+
+
+def _drawn(root: Path, urls: str, workers: int) -> dict[str, bytes]:
+    """The shards that so many threads draw from the servers."""
+    config = IngestConfig(name="fleet", max_prompts=12, max_heldout=2)
+    ingest.ingest.fn(ingest.prepare(config), str(root))
+    values = {"name": "fleet", "server": urls, "n": 8, "shard_prompts": 1, "cut_policy": "none", "max_new_tokens": 8}
+    step = generate.prepare(_config(**values), Lake.open(str(root)))
+    count = generate.count_shards(step, str(root))
+    execution = ExecutionConfig(workers=workers)
+    with ThreadPoolExecutor(workers) as threads:
+        drawn = [
+            threads.submit(generate.generate_shard.fn, step, str(root), index, count, execution)
+            for index in range(count)
+        ]
+    assert [one.result() for one in drawn] == [8] * 12
+    return {file.name: file.read_bytes() for file in root.rglob("candidates/train-*.parquet")}
+
+
+def test_a_fleet_makes_the_shards_of_one_server_and_none_of_it_gets_more_than_its_share(tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="needs the openai client: pip install 'winnow[dev]'")
+    with completions(seconds=0.05) as one, completions(seconds=0.05) as two:
+        spread = _drawn(tmp_path / "spread", f"{one.url},{two.url}", workers=4)
+    assert one.n_requests > 8 and two.n_requests > 8 and one.n_requests + two.n_requests == 12 * 8
+    # Two workers at each, with half of its eight requests.
+    assert 1 < one.most_at_once <= 8 and 1 < two.most_at_once <= 8
+    with completions(seconds=0.0) as alone:
+        assert _drawn(tmp_path / "alone", alone.url, workers=1) == spread
+    assert len(spread) == 12 and alone.most_at_once <= 8
