@@ -53,8 +53,9 @@ class TemporaryServer:
     def wait(self) -> None:
         """Until it answers; ConfigError when it never does."""
         try:
-            # Asked before it is ready, it answers once it is.
-            urllib.request.urlopen(f"{self.url}/health", timeout=START_SECONDS).close()
+            # Asked before it is ready, it answers once it is; never through a proxy.
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            direct.open(f"{self.url}/health", timeout=START_SECONDS).close()
         except (urllib.error.URLError, OSError) as error:
             self.log.seek(0)
             said = self.log.read().decode(errors="replace").strip().splitlines()
