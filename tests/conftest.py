@@ -26,6 +26,14 @@ torch.set_num_threads(1)
 settings.register_profile("winnow", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("winnow")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes share the tests file by file; those of servers and workers stay together, one after the other."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "infra" else str(item.path)))
+
+
 PAD, END = "<pad>", "<end>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

@@ -81,7 +81,8 @@ def test_a_failing_method_is_named_and_what_the_others_have_finished_stays(
     assert lake.find("models", "flow-compare") is None
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_command_prints_a_table_or_one_json_object(values: dict[str, object], lake: Lake, tmp_path: Path) -> None:
     file = tmp_path / "compare.toml"
     file.write_text("\n".join(_toml(values)))

@@ -18,6 +18,7 @@ from storage.report.pictures import stage_pictures
 from storage.schema import to_table
 from storage.writer import Provenance, Shard
 from tasks import finetune
+from tasks.artifacts import ShownProgress
 from tasks.errors import ConfigError, ModelError
 from tasks.models import open_reward
 from tasks.plan import steps
@@ -106,15 +107,12 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(
     expected = _run(undisturbed, tiny_policy_dir, method="gr_dpo")
     done: list[int] = []
 
-    def progress(label: str) -> object:
-        def update(step: int, total: int) -> None:
-            done.append(step)
-            if step == 5 and done.count(5) == 1:
-                raise KeyboardInterrupt
+    def update(shown: ShownProgress, step: int, total: int) -> None:
+        done.append(step)
+        if step == 5 and done.count(5) == 1:
+            raise KeyboardInterrupt
 
-        return update
-
-    monkeypatch.setattr("tasks.finetune.progress", progress)
+    monkeypatch.setattr(ShownProgress, "__call__", update)
     with pytest.raises(KeyboardInterrupt):
         _run(lake, tiny_policy_dir, method="gr_dpo")
     assert lake.find("models", "tiny") is None

@@ -48,6 +48,7 @@ def _assert_equal_trainings(one: Path, two: Path) -> None:
     assert len(set(weights)) == len(weights) == len({point[0] for point in second["points"]}) >= 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tiny_policy_dir: Path, tmp_path: Path) -> None:
     _run(1, "trained", "dpo by one", str(tiny_policy_dir), str(tmp_path / "one"), "3", "0")
     _run(2, "trained", "dpo by two", str(tiny_policy_dir), str(tmp_path / "two"), "3", "0")

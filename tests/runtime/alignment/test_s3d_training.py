@@ -137,6 +137,7 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(
     assert all(weights.grad is None for weights in policy.model.parameters())
 
 
+@pytest.mark.slow
 def test_a_sampler_head_foresees_what_follows_from_a_draw(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:

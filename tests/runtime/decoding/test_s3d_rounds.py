@@ -257,7 +257,7 @@ def test_the_shipped_adapter_changes_no_candidate_and_is_accepted(
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("k", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_trained_model_draws_the_same_with_its_own_drafts(shared_models: Path, k: int) -> None:
     policy = load_policy(str(shared_models / "stories3m"))
     texts = ("Once upon a time", "Lily", "The dog and the cat went to the park because")
