@@ -112,10 +112,9 @@ def test_greedy_answers_are_those_of_plain_decoding(greedy: Greedy, accepted: li
 def test_greedy_answers_are_those_of_plain_decoding_for_all_kept_layers_and_drafts(
     greedy: Greedy, accepted: list[int]
 ) -> None:
-    """Every pair of rows and k, of rows and kept layers, and of kept layers and k."""
+    """Every pair of kept layers and k, and every pair of rows and k."""
     kept = greedy.kept()
-    cases = [(rows, choice, (rows + place) % len(KS)) for rows in ROWS for place, choice in enumerate(kept)]
-    assert {(choice, k) for _, choice, k in cases} == set(product(kept, KS))
+    cases = [(ROWS[place % len(ROWS)], choice, k) for place, (choice, k) in enumerate(product(kept, KS))]
     assert {(rows, k) for rows, _, k in cases} == set(product(ROWS, KS))
     assert _differ(greedy, cases) == []
     assert all(greedy.plain(rows) == greedy.plain(16)[: rows + 1] for rows in ROWS)
