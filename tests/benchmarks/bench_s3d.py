@@ -289,6 +289,8 @@ def with_rejection(bench: Bench) -> list[dict[str, object]]:
         ("best-of-n", CutSchedule()),
         ("with cuts", CutSchedule(tuple(settings.cut_tokens), tuple(settings.cut_keep))),
     ):
+        if title not in settings.what:
+            continue
         scores = reward if cuts.is_cutting else None
         engines = {name: bench.engine(n, s3d, cuts, scores) for name, s3d in bench.arms().items()}
         plain = [c for answers in bench.engine(n, None).generate(asked) for c in answers]
