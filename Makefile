@@ -44,10 +44,10 @@ demo: setup
 	$(RUN)/winnow demo
 
 test: setup
-	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not gpu"
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup
-	$(RUN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slow and not long and not gpu"
+	$(RUN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long and not gpu"
 
 # What would make CI longer than an hour.
 test-long: setup

@@ -17,6 +17,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from xdist.scheduler import LoadFileScheduling
 
 from runtime.models import LoadedModel, load_classifier, load_policy
 from runtime.records import Message, Prompt
@@ -27,11 +28,16 @@ settings.register_profile("winnow", deadline=None, derandomize="CI" in os.enviro
 settings.load_profile("winnow")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _ByFile(LoadFileScheduling):
     """Processes share the tests file by file; those of servers and workers stay together, one after the other."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "infra" else str(item.path)))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/infra" if nodeid.startswith("tests/infra/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _ByFile:
+    """xdist's own groups are ignored under this pytest."""
+    return _ByFile(config, log)
 
 
 PAD, END = "<pad>", "<end>"
