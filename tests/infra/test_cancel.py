@@ -53,7 +53,7 @@ def _cancel(server: Server, run_id: str) -> None:
     server.call("POST", f"/flow_runs/{run_id}/set_state", state)
 
 
-@pytest.mark.parametrize("runner", ["thread", "process"])
+@pytest.mark.parametrize("runner", [pytest.param("thread", marks=pytest.mark.long), "process"])
 def test_two_workers_end_with_their_run_and_the_next_run_goes_on(
     server: Server, runner: str, tmp_path: Path, expected: dict[str, str]
 ) -> None:
@@ -110,6 +110,7 @@ def silent_server() -> Iterator[tuple[str, list[str]]]:
         found.server_close()
 
 
+@pytest.mark.long
 def test_threads_that_wait_for_a_server_end_with_their_run(
     server: Server, tmp_path: Path, silent_server: tuple[str, list[str]]
 ) -> None:
