@@ -148,8 +148,8 @@ def test_a_worker_killed_alone_takes_its_run_down_and_the_next_one_continues_it(
         run_id = _start(server, lake)
         _wait_for_half(lake)
         os.kill(process.pid, signal.SIGKILL)
+        gate.touch()  # the run notices when it says something and nobody listens
         wait_until(lambda: server.flow_run(run_id)["state"]["type"] != "RUNNING", "the end of the run")
-    gate.touch()
     with worker(server, "next"):
         assert server.wait(run_id, ("COMPLETED", "FAILED"))["state"]["type"] == "COMPLETED", server.logs(run_id)
     _check(lake, expected)
