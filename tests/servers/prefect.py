@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> 
 
 
 def stop(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
-    """End a process and its children."""
+    """End a process and all below it; runs of a worker are sessions of their own."""
+    below = descendants(process.pid) if how == signal.SIGKILL else []
     try:
         os.killpg(process.pid, how)
         process.wait(timeout=30)
@@ -182,7 +183,20 @@ def stop(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
     finally:
         if how != signal.SIGKILL:
             stop(process)
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, as they are now."""
+    found: list[int] = []
+    for path in Path("/proc", str(pid), "task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def wait_until(is_so: Callable[[], bool], what: str, seconds: float = 300) -> None:
