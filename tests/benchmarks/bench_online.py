@@ -2,7 +2,7 @@
 
     PYTHONPATH=. .venv/bin/python tests/benchmarks/bench_online.py [--methods grpo jbond] [--arm-seeds 0 1 2]
 
-Every method draws about 2,560 answers (jbond and best_of_n 2,880, remax three times as many), a training's own anchors
+Every method draws about 2,560 answers (jbond 2,880, remax three times as many), a training's own anchors
 and baselines included, and learns from the shipped reward model. The same held-out prompts are answered with the same
 noise as it goes on; the true rule says which of those answers are right, and nothing learns from it. Writes
 bench-results/online.json and, with --plot FILE, the curves.
@@ -75,7 +75,7 @@ ON_POLICY = {
     # fires, weighs less than its half: many small steps towards the better of two.
     "jbond": Recipe(OnlineSettings("jbond", anchor_rate=0.07, jeffreys=0.1), 16, 60, 2e-4),
 }
-ROUNDS, ROUND_PROMPTS, N_CANDIDATES = 2, 90, 16
+ROUNDS, ROUND_PROMPTS, N_CANDIDATES = 2, 80, 16
 DISTIL = OfflineConfig(LossSettings("sft"), learning_rate=4e-4, epochs=3, batch_size=16, max_length=256)
 
 
