@@ -43,15 +43,18 @@ def _alone(root: str) -> dict[str, dict[str, str]]:
     from tasks.settings import GenerateConfig
 
     _ingest(root)
-    found = {}
     for config in RUNS:
         step = generate.prepare(GenerateConfig.model_validate(config), Lake.open(root))
         count = generate.count_shards(step, root)
         for index in range(count):
             generate.generate_shard.fn(step, root, index, count)
-        files = step.writer(Lake.open(root)).files
-        found[step.version] = {path: file.sha256 for path, file in files.items()}
-    return found
+        generate.publish.fn(step, root, count)
+    return _shards(root)
+
+
+def _shards(root: str) -> dict[str, dict[str, str]]:
+    made = Lake.open(root).manifests("candidates", "shared")
+    return {one.version: {file.path: file.sha256 for file in one.files if file.table == "candidates"} for one in made}
 
 
 def test_two_machines_make_the_same_and_different_datasets_at_once(
@@ -68,9 +71,6 @@ def test_two_machines_make_the_same_and_different_datasets_at_once(
             runs = [server.run(f"generate/{name}", config=config) for name, config in asked]
             for run_id in runs:
                 assert server.wait(run_id, seconds=400)["state"]["type"] == "COMPLETED", server.logs(run_id)
-        made = Lake.open(root).manifests("candidates", "shared")
-        shards = {
-            one.version: {file.path: file.sha256 for file in one.files if file.table == "candidates"} for one in made
-        }
+        shards = _shards(root)
     assert shards == _alone(str(tmp_path / "lake"))
     assert [len(files) for files in shards.values()] == [N_PROMPTS // 2] * 3
