@@ -49,6 +49,7 @@ def _assert_equal_trainings(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_train_as_one_with_twice_the_batch(tiny_policy_dir: Path, tmp_path: Path) -> None:
     _run(1, "trained", "dpo by one", str(tiny_policy_dir), str(tmp_path / "one"), "3", "0")
     _run(2, "trained", "dpo by two", str(tiny_policy_dir), str(tmp_path / "two"), "3", "0")
@@ -78,6 +79,7 @@ def test_a_model_that_fsdp2_shards_is_trained_and_written_as_the_whole_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_losses_and_gradients_of_a_sharded_model_are_those_of_the_whole_one(
     tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_losses_and_gradients_of_a_sharded_model_are_those_of_the_whole_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_draw_and_learn_as_one(tiny_policy_dir: Path, tmp_path: Path) -> None:
     methods = ("grpo", "grpo uneven", "ppo", "remax", "jbond", "bond")
     _run(1, "aligned", str(tiny_policy_dir), str(tmp_path / "one"), *methods)

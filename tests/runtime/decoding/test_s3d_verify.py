@@ -227,7 +227,7 @@ def test_a_draft_that_the_target_never_says_is_never_kept(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler_width", [0, 8])
+@pytest.mark.parametrize("sampler_width", [0, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rule", ["classic", "coupled"])
 def test_strings_of_the_engine_follow_the_model(
     tiny_policy: LoadedModel, tiny_prompts: Sequence[Prompt], rule: RuleName, sampler_width: int
