@@ -5,7 +5,7 @@ import io
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from runtime.edge.bundle_write import write_bundle
@@ -22,7 +23,7 @@ from runtime.edge.gguf_gpuidx import write_gpuidx
 from runtime.edge.gguf_lint import open_gguf, problems, value_of
 from runtime.edge.gguf_read import sparse_model
 from runtime.edge.gguf_weights import Sparsity
-from runtime.edge.network import ffn_layers, shape_of
+from runtime.edge.network import FfnLayer, ffn_layers, shape_of
 from runtime.edge.predictor import gate_predictor, oracle
 from runtime.edge.records import LayerPlacement
 from runtime.edge.sparse import sparse
@@ -119,17 +120,22 @@ def test_a_powerinfer_file_has_what_its_loader_wants_and_nothing_else(
     assert tensors["blk.1.fc1.weight"].tensor_type.name == "F16"
 
 
-def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_path: Path) -> None:
-    """fc2 relu(fc1 x) >= 0 chooses rows of gate, up and down_t: their sum is the layer's output."""
-    path = tmp_path / "m.powerinfer.gguf"
-    write_powerinfer(path, wide, exact(wide.model), GgufSettings("F16"))
+def _by_layer(path: Path, wide: LoadedModel) -> Iterator[tuple[Tensor, FfnLayer, Tensor, Tensor, Tensor, Tensor]]:
+    """Inputs, the model's own layer, which neurons the file's predictor computes of them, and the file's matrices."""
     tensors = {name: torch.from_numpy(t.data.astype(np.float32)) for name, t in tensors_of(path).items()}
     for index, layer in enumerate(ffn_layers(wide.model)):
         residual = torch.randn(20, 64, generator=torch.Generator().manual_seed(index))
         fc1, fc2, gate, up, down = (
             tensors[f"blk.{index}.{name}.weight"] for name in ("fc1", "fc2", "ffn_gate", "ffn_up", "ffn_down_t")
         )
-        is_computed = torch.relu(residual @ fc1.T) @ fc2.T >= 0
+        yield residual, layer, torch.relu(residual @ fc1.T) @ fc2.T >= 0, gate, up, down
+
+
+def test_the_sparse_tensors_compute_what_the_model_does(wide: LoadedModel, tmp_path: Path) -> None:
+    """fc2 relu(fc1 x) >= 0 chooses rows of gate, up and down_t: their sum is the layer's output."""
+    path = tmp_path / "m.powerinfer.gguf"
+    write_powerinfer(path, wide, exact(wide.model), GgufSettings("F16"))
+    for residual, layer, is_computed, gate, up, down in _by_layer(path, wide):
         with torch.inference_mode():
             normed = layer.norm(residual)
             found = (is_computed * torch.relu(normed @ gate.T) * (normed @ up.T)) @ down
@@ -146,13 +152,7 @@ def test_a_model_with_relu_on_gate_and_up_becomes_a_bamboo_file(wide: LoadedMode
     assert value_of(reader, "general.architecture") == "bamboo"
     assert value_of(reader, "bamboo.feed_forward_length") == 1024
     assert problems(path, {"bamboo.rope.freq_base": 10000.0}) == []
-    tensors = {name: torch.from_numpy(t.data.astype(np.float32)) for name, t in tensors_of(path).items()}
-    for index, layer in enumerate(ffn_layers(wide.model)):
-        residual = torch.randn(20, 64, generator=torch.Generator().manual_seed(index))
-        fc1, fc2, gate, up, down = (
-            tensors[f"blk.{index}.{name}.weight"] for name in ("fc1", "fc2", "ffn_gate", "ffn_up", "ffn_down_t")
-        )
-        is_computed = torch.relu(residual @ fc1.T) @ fc2.T >= 0
+    for residual, layer, is_computed, gate, up, down in _by_layer(path, wide):
         with torch.inference_mode():
             normed, mlp = layer.norm(residual), layer.mlp
             wanted = mlp.down_proj(torch.relu(mlp.gate_proj(normed)) * torch.relu(mlp.up_proj(normed)))
