@@ -1,18 +1,28 @@
 """One real Prefect server with all deployments, for the slow tests here."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.servers import postgres
 from tests.servers.prefect import Server, prefect_server, winnow
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Deployed to; its lake is the folder `lake` beside it. Nothing starts by schedule, at whatever hour this runs."""
+    """Deployed to; its lake is the folder `lake` beside it. Nothing starts by schedule, at whatever hour this runs.
+
+    On PostgreSQL where it is installed (make postgres): a server on SQLite that has much to do gives up requests and
+    events, which is not what these tests are about.
+    """
     folder = tmp_path_factory.mktemp("prefect")
-    with prefect_server(folder, PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED="false") as found:
+    settings = {"PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false"}
+    with ExitStack() as stack:
+        if postgres.programs() is not None:
+            settings["PREFECT_API_DATABASE_CONNECTION_URL"] = stack.enter_context(postgres.postgres()).url
+        found = stack.enter_context(prefect_server(folder, **settings))
         deployed = winnow(found, "deploy", "--lake", str(folder / "lake"))
         assert deployed.returncode == 0, deployed.stderr
         yield found

@@ -2,7 +2,9 @@
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,16 @@ def _open_form(server: Server, page: "Page") -> None:
 def _n_runs(server: Server) -> int:
     mine = {"deployments": {"id": {"any_": [server.deployment("generate/default")["id"]]}}}
     return int(server.call("POST", "/flow_runs/count", mine))
+
+
+def _submit(server: Server, page: "Page") -> None:
+    """Until there is one more run; a server that has too much to do refuses, and the person tries again."""
+    before, deadline = _n_runs(server), time.monotonic() + 300
+    while _n_runs(server) == before:
+        assert time.monotonic() < deadline, page.inner_text("body")
+        page.get_by_role("button", name="Submit").click()
+        with suppress(AssertionError):
+            wait_until(lambda: _n_runs(server) > before, "the run that the form starts", seconds=60)
 
 
 def test_the_form_shows_choices_defaults_and_descriptions(server: Server, page: "Page", tmp_path: Path) -> None:
@@ -107,9 +119,7 @@ def test_a_run_is_started_watched_and_its_artifacts_are_opened(server: Server, p
         page.get_by_label(f"{label} (Optional)", exact=True).fill(value)
     page.get_by_text("Policy (Optional)", exact=True).scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "form.png")
-    before = _n_runs(server)
-    page.get_by_role("button", name="Submit").click()
-    wait_until(lambda: _n_runs(server) > before, "the run that the form starts")
+    _submit(server, page)
     mine = {"deployments": {"id": {"any_": [server.deployment("generate/default")["id"]]}}, "sort": "START_TIME_DESC"}
     run_id = next(
         run["id"]
@@ -117,7 +127,6 @@ def test_a_run_is_started_watched_and_its_artifacts_are_opened(server: Server, p
         if run["parameters"]["config"]["name"] == "browsed"
     )
     assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
-    assert _n_runs(server) == before + 1
     page.goto(f"{server.url.removesuffix('/api')}/v2/runs/flow-run/{run_id}")
     page.get_by_text("Completed").first.wait_for()
     page.get_by_text("Beginning flow run").first.wait_for()

@@ -1,7 +1,6 @@
 """Runs with several workers that are cancelled: gone within seconds, with all their processes, and continued later."""
 
 import hashlib
-import http.server
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from storage.lake import Lake
 from tasks.settings import PipelineConfig
 from tests.infra.test_faults import GENERATE, N_SHARDS
+from tests.servers.answering import Asked, answering
 from tests.servers.prefect import Server, is_idle, wait_until, worker
 from tests.tasks.test_chain import config, run_chain
 from tests.tasks.test_launch import alive
@@ -80,34 +80,19 @@ def test_two_workers_end_with_their_run_and_the_next_run_goes_on(
 @pytest.fixture
 def silent_server() -> Iterator[tuple[str, list[str]]]:
     """A server of the policy that takes requests and never answers them; and what it was asked."""
-    closing = threading.Event()
+    closing, asked = threading.Event(), []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = b'{"object": "list", "data": []}'
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_POST(self) -> None:
-            asked.append(self.path)
+    def never(one: Asked) -> tuple[int, object]:
+        if one.method == "POST":
+            asked.append(one.path)
             closing.wait(600)
+        return 200, {"object": "list", "data": []}
 
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    asked: list[str] = []
-    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=found.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{found.server_port}/v1", asked
-    finally:
-        closing.set()
-        found.shutdown()
-        found.server_close()
+    with answering(never) as url:
+        try:
+            yield f"{url}/v1", asked
+        finally:
+            closing.set()
 
 
 @pytest.mark.long

@@ -1,13 +1,11 @@
 """What starts, stops and reports runs: the approval gate, new files, messages, `winnow serve`; and two machines."""
 
-import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from storage.lake import Lake
 from storage.writer import Shard
 from tests.infra.test_faults import GENERATE
 from tests.infra.test_worker import SMALL
+from tests.servers.answering import Asked, answering
 from tests.servers.buckets import new_lake, use_endpoint
 from tests.servers.prefect import ROOT, Server, is_idle, prefect_server, start, stop, wait_until, winnow, worker
 from tests.servers.processes import moto
@@ -115,26 +114,18 @@ def test_a_failed_run_is_told_through_the_block_that_was_named(server: Server, t
     def mine() -> list[dict[str, str]]:
         return [one for one in told if one["subject"] == "Winnow: generate generate-none is Failed"]
 
-    class Receiver(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
+    def receive(asked: Asked) -> tuple[int, object]:
+        told.append(asked.body)
+        return 200, {}
 
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    thread = threading.Thread(target=receiver.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with answering(receive) as url:
         kind = server.call("GET", "/block_types/slug/custom-webhook")
         schemas = server.call(
             "POST", "/block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind["id"]]}}}
         )
         data = {
             "name": "receiver",
-            "url": f"http://127.0.0.1:{receiver.server_port}/",
+            "url": f"{url}/",
             "json_data": {"subject": "{{subject}}", "body": "{{body}}"},
             "allow_private_urls": True,
         }
@@ -148,9 +139,6 @@ def test_a_failed_run_is_told_through_the_block_that_was_named(server: Server, t
             run_id = server.run("generate/default", config={"name": "none"}, lake=str(tmp_path / "empty"))
             assert server.wait(run_id)["state"]["type"] == "FAILED"
             wait_until(lambda: bool(mine()), "the message", seconds=60)
-    finally:
-        receiver.shutdown()
-        receiver.server_close()
     assert '"prompts/none" is not in the lake' in mine()[0]["body"]
 
 

@@ -5,6 +5,8 @@ import os
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from tests.servers.prefect import Server, prefect_server, wait_until, winnow, wo
 from tests.tasks.gate import GATE, N_BEFORE, SHARD_PROMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-# On SQLite, a server under load loses what automations wait for ("database is locked", four times): not for CI.
-by_automations = pytest.mark.long
+# On SQLite, a server under load loses what automations wait for ("database is locked", four times).
+by_automations = pytest.mark.skipif(programs() is None, reason=f"no PostgreSQL server here; {INSTALL}")
 N_SHARDS = 8
 GENERATE = {"n": 8, "shard_prompts": SHARD_PROMPTS, "threads": 1, "max_new_tokens": 96, "max_rows": 16}
 GATED = GENERATE | {"reward": "function", "reward_function": "tests.tasks.gate:n_letters"}
@@ -74,6 +76,15 @@ def _with_prompts(root: Path) -> Path:
 def gate(tmp_path: Path) -> Path:
     """Runs that are told of it stop in their fourth shard until it is there."""
     return tmp_path / "gate"
+
+
+@contextmanager
+def _deployed(folder: Path, lake: Path, **settings: str) -> Iterator[Server]:
+    """A server of one test."""
+    with prefect_server(folder, **settings) as server:
+        deployed = winnow(server, "deploy", "--lake", str(lake))
+        assert deployed.returncode == 0, deployed.stderr
+        yield server
 
 
 def _start(server: Server, lake: Path) -> str:
@@ -195,9 +206,9 @@ def test_a_run_outlives_a_server_that_is_restarted(
 
 
 def test_a_run_outlives_a_database_that_is_locked_for_half_a_minute(
-    server: Server, lake: Path, gate: Path, expected: dict[str, str]
+    lake: Path, tmp_path: Path, gate: Path, expected: dict[str, str]
 ) -> None:
-    with worker(server, "calm", **{GATE: str(gate)}):
+    with _deployed(tmp_path / "prefect", lake) as server, worker(server, "calm", **{GATE: str(gate)}):
         run_id = _start(server, lake)
         _wait_for_half(lake)
         with sqlite3.connect(server.folder / "server" / "prefect.db", timeout=60, isolation_level=None) as database:
@@ -215,19 +226,17 @@ def test_a_run_outlives_a_database_that_is_gone_for_half_a_minute(
 ) -> None:
     with (
         postgres() as database,
-        prefect_server(tmp_path / "prefect", PREFECT_API_DATABASE_CONNECTION_URL=database.url) as server,
+        _deployed(tmp_path / "prefect", lake, PREFECT_API_DATABASE_CONNECTION_URL=database.url) as server,
+        worker(server, "patient", **{GATE: str(gate)}),
     ):
-        deployed = winnow(server, "deploy", "--lake", str(lake))
-        assert deployed.returncode == 0, deployed.stderr
-        with worker(server, "patient", **{GATE: str(gate)}):
-            run_id = _start(server, lake)
-            _wait_for_half(lake)
-            database.stop()
-            gate.touch()
-            time.sleep(30)
-            database.start()
-            assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
-            assert server.flow_run(run_id)["run_count"] == 1
+        run_id = _start(server, lake)
+        _wait_for_half(lake)
+        database.stop()
+        gate.touch()
+        time.sleep(30)
+        database.start()
+        assert server.wait(run_id)["state"]["type"] == "COMPLETED", server.logs(run_id)
+        assert server.flow_run(run_id)["run_count"] == 1
     _check(lake, expected)
     (made,) = Lake.open(str(lake)).manifests("candidates")
     assert (

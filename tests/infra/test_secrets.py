@@ -1,8 +1,6 @@
 """Keys that runs really use, planted in a worker: they reach the stores and servers they are for, and nothing else."""
 
-import http.server
 import sqlite3
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+from tests.servers import postgres
+from tests.servers.answering import Asked, answering
 from tests.servers.buckets import new_lake, use_endpoint
 from tests.servers.prefect import Server, wait_until, worker
 from tests.servers.processes import moto
@@ -22,33 +22,12 @@ STORE_SECRET, MODEL_SECRET = "planted-store-7f3a9c", "planted-model-51be02"
 def _refusing(seen: list[str]) -> Iterator[str]:
     """An OpenAI-compatible server that knows nobody; its address. What it is shown is put into `seen`."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self._refuse()
+    def refuse(asked: Asked) -> tuple[int, object]:
+        seen.append(asked.headers.get("Authorization", ""))
+        return 401, {"error": {"message": "Unauthorized", "code": 401}}
 
-        def do_GET(self) -> None:
-            self._refuse()
-
-        def _refuse(self) -> None:
-            seen.append(self.headers.get("Authorization", ""))
-            body = b'{"error": {"message": "Unauthorized", "code": 401}}'
-            self.send_response(401)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with answering(refuse) as url:
+        yield f"{url}/v1"
 
 
 def _objects(root: str) -> Iterator[bytes]:
@@ -61,6 +40,9 @@ def _objects(root: str) -> Iterator[bytes]:
 
 def _rows(server: Server) -> str:
     """Everything in the server's database: parameters, logs, artifacts, events."""
+    url = server.settings.get("PREFECT_API_DATABASE_CONNECTION_URL")
+    if url is not None:
+        return postgres.dump(url)
     database = server.folder / "server" / "prefect.db"
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=60) as connection:
         return "\n".join(connection.iterdump())

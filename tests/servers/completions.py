@@ -1,13 +1,13 @@
 """A completions server of which every answer is known, and that counts how many requests it has at once."""
 
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from tests.servers.answering import Asked, answering
 
 
 @dataclass(slots=True)
@@ -38,42 +38,18 @@ def completions(seconds: float) -> Iterator[Completions]:
     """One on 127.0.0.1 that takes so long for each answer, which depends on prompt and seed alone."""
     found = Completions()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(asked: Asked) -> tuple[int, object]:
+        if asked.method == "GET":
+            return 200, {"object": "list", "data": []}
+        found.begin()
+        time.sleep(seconds)
+        text = hashlib.sha256(f"{asked.body['prompt']} {asked.body['seed']}".encode()).hexdigest()[:8]
+        found.end()
+        choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
+        about = {"id": "x", "object": "text_completion", "created": 0, "model": asked.body["model"]}
+        return 200, {**about, "choices": [choice], "usage": usage}
 
-        def do_GET(self) -> None:
-            self._answer({"object": "list", "data": []})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found.begin()
-            time.sleep(seconds)
-            text = hashlib.sha256(f"{asked['prompt']} {asked['seed']}".encode()).hexdigest()[:8]
-            found.end()
-            choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}
-            usage = {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
-            about = {"id": "x", "object": "text_completion", "created": 0, "model": asked["model"]}
-            self._answer({**about, "choices": [choice], "usage": usage})
-
-        def _answer(self, content: object) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    found.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with answering(answer) as url:
+        found.url = f"{url}/v1"
         yield found
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

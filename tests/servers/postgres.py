@@ -83,3 +83,11 @@ def postgres() -> Iterator[Postgres]:
             yield server
         finally:
             server.stop()
+
+
+def dump(url: str) -> str:
+    """All rows of a database, as SQL; the address as Prefect takes it."""
+    where = programs()
+    assert where is not None, INSTALL
+    command = [str(where / "pg_dump"), "--data-only", "--dbname", url.replace("+asyncpg", "")]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout

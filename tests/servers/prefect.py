@@ -41,6 +41,8 @@ class Server:
     settings: dict[str, str] = field(default_factory=dict)
     auth: tuple[str, str] | None = None
     process: subprocess.Popen[bytes] | None = None
+    # One for all requests: to make one takes longer than most answers.
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60), repr=False)
 
     @property
     def url(self) -> str:
@@ -76,7 +78,7 @@ class Server:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                answer = httpx.request(method, f"{self.url}{path}", json=body, auth=self.auth, timeout=60)
+                answer = self.client.request(method, f"{self.url}{path}", json=body, auth=self.auth)
             except httpx.TransportError:
                 if time.monotonic() > deadline or self.process is None or self.process.poll() is not None:
                     raise
@@ -136,6 +138,7 @@ def prefect_server(folder: Path, auth: tuple[str, str] | None = None, **settings
         server.start()
         yield server
     finally:
+        server.client.close()
         server.stop()
 
 

@@ -1,9 +1,18 @@
 """Tiny random models with gated feed-forward layers of a chosen activation, and text for them."""
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from runtime.edge.gguf_weights import Sparsity
+from runtime.edge.network import ffn_layers, shape_of
+from runtime.edge.predictor import oracle
+from runtime.edge.records import LayerPlacement
 from runtime.edge.text import Text
+from runtime.models import LoadedModel, load_policy
+from runtime.starter import path as starter
 
 SIZES: dict[str, object] = {
     "vocab_size": 67,
@@ -38,3 +47,22 @@ def texts(n: int = 12, seed: int = 0, vocab_size: int = 67) -> list[Text]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, 41, (n,), generator=generator).tolist()
     return [Text(torch.randint(3, vocab_size, (length,), generator=generator).tolist(), 3) for length in lengths]
+
+
+def starter_policy() -> LoadedModel:
+    """The starter's."""
+    return load_policy(str(starter("policy")))
+
+
+def wide_model(policy: LoadedModel) -> LoadedModel:
+    """Random, with enough neurons for PowerInfer, and the policy's tokenizer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 640}
+    return replace(policy, model=gated_model(**sizes))
+
+
+def exact(model: PreTrainedModel, seed: int = 0) -> Sparsity:
+    """Oracles, and the neurons of every layer in an order of their own."""
+    generator = np.random.default_rng(seed)
+    neurons = shape_of(model).intermediate
+    placements = [LayerPlacement(generator.permutation(neurons).astype(np.int64), 8) for _ in ffn_layers(model)]
+    return Sparsity([oracle(layer) for layer in ffn_layers(model)], placements)

@@ -21,8 +21,7 @@ from runtime.edge.sparse import sparse
 from runtime.models import LoadedModel, encode_prompt, load_policy
 from runtime.records import Message
 from runtime.starter import path as starter
-from tests.runtime.edge.models import gated_model
-from tests.runtime.edge.test_gguf import exact
+from tests.runtime.edge.models import exact, gated_model
 
 TEXT = "Start with 14.\nAdd 9 and you have 23.\nTake away 4 and you have 19.\nSo the answer is 19.\n" * 12
 CHUNK = 128
