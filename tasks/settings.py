@@ -21,7 +21,7 @@ from tasks.settings_base import PromptFormat as PromptFormat
 from tasks.settings_base import SourceConfig as SourceConfig
 from tasks.settings_base import StageConfig as StageConfig
 from tasks.settings_compare import MethodsConfig as MethodsConfig
-from tasks.settings_drafting import S3D, S3D_ADAPTER
+from tasks.settings_drafting import S3D, S3D_ADAPTER, S3DChoice
 from tasks.settings_execution import PIPELINE_HERE, PipelineExecutionConfig
 from tasks.settings_execution import ExecutionConfig as ExecutionConfig
 from tasks.settings_export import ExportConfig as ExportConfig
@@ -164,7 +164,7 @@ class GenerateConfig(RewardConfig):
     server_extra: list[str] = Field(
         [], title="Further fields", description="Sent with every request: key=JSON, such as top_k=50 (server)"
     )
-    s3d: str = S3D
+    s3d: S3DChoice = S3D
     s3d_adapter: str = S3D_ADAPTER
     shard_prompts: int = Field(32, title="Shard size", description="Prompts per shard, the unit of resuming", ge=1)
 

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.settings_base import STARTER
-from tasks.settings_drafting import S3D, S3D_ADAPTER
+from tasks.settings_drafting import S3D, S3D_ADAPTER, S3DChoice
 from tasks.settings_reward import RewardConfig
 
 
@@ -89,7 +89,7 @@ class AlignConfig(RewardConfig):
         "none", title="Cut policy", description="Must be none: cuts would choose which answers are learnt from"
     )
     max_rows: int = Field(128, title="Rows", description="Answers decoded together", ge=1)
-    s3d: str = S3D
+    s3d: S3DChoice = S3D
     s3d_adapter: str = S3D_ADAPTER
     backend: Literal["winnow", "trl"] = Field(
         "winnow", title="Backend", description="trl: TRL's GRPOTrainer with these prompts and rewards (grpo)"

@@ -1,11 +1,18 @@
 """Parameters of S3D, which generation and on-policy training share."""
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tasks.settings_base import STARTER
 
+
+def _text(value: object) -> object:
+    """A number without quotes, as people write it in a file or after --set, means the same."""
+    return str(value) if type(value) is int else value
+
+
+S3DChoice = Annotated[str, BeforeValidator(_text)]
 S3D = Field(
     "off",
     title="S3D",

@@ -59,8 +59,7 @@ class Server:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         own = {"PREFECT_HOME": str(self.folder / "server"), "PREFECT_UI_API_URL": self.url}
         log = self.folder / "server.log"
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-        self.process = start(command, environment | QUIET | own | self.settings, log)
+        self.process = start(command, own_environment() | own | self.settings, log)
         wait_for_http(self.port, self.process, log, PATIENCE_S)
 
     def stop(self, how: int = signal.SIGKILL) -> None:
@@ -167,11 +166,18 @@ def winnow(server: Server, *arguments: str, **variables: str) -> subprocess.Comp
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def own_environment() -> dict[str, str]:
+    """Of what shall know nothing of the Prefect that the tests may run under."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")} | QUIET
+
+
+def start(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT
+) -> subprocess.Popen[bytes]:
     """In a session of its own, so that its children can be ended with it."""
     with log.open("ab") as output:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
         )
 
 

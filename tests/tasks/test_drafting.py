@@ -89,6 +89,12 @@ def test_other_values_are_refused(value: str) -> None:
         GenerateConfig(s3d=value)
 
 
+def test_a_number_without_quotes_is_the_same_setting() -> None:
+    assert GenerateConfig.model_validate({"s3d": 4}) == GenerateConfig(s3d="4")
+    with pytest.raises(ValidationError, match="s3d"):
+        GenerateConfig.model_validate({"s3d": True})
+
+
 def test_a_server_drafts_by_itself() -> None:
     with pytest.raises(ValidationError, match='s3d = "auto" drafts with the policy'):
         GenerateConfig(s3d="auto", server="http://127.0.0.1:1/v1", server_model="m")
