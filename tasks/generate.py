@@ -18,7 +18,7 @@ from tasks.calibration import read_calibration
 from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
 from tasks.leases import use_gpu
-from tasks.logs import log_shard
+from tasks.logs import log_shard, shard_name
 from tasks.models import load_policy_model, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
 from tasks.retries import RETRIES
@@ -66,7 +66,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return -(-n_prompts // config.shard_prompts)
 
 
-@task(name="generate-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
+@task(name="generate-shard", task_run_name=shard_name, persist_result=False, **RETRIES)
 def generate_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Decode the candidates of one shard of prompts and write them; the number of candidates."""
     config, lake = _config(step), Lake.open(lake_root)

@@ -4,6 +4,7 @@ import logging
 
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
+from prefect.runtime import task_run
 
 from storage.writer import Shard
 from tasks.versions import Step
@@ -24,6 +25,12 @@ def log_event(event: str, **fields: str | int | float | None) -> None:
     known = {key: value for key, value in fields.items() if value is not None}
     text = " ".join(f"{key}={value}" for key, value in known.items())
     run_logger().info("%s %s", event, text, extra={"winnow": {"event": event, **known}})
+
+
+def shard_name() -> str:
+    """Of a shard's task run, counted from one as everywhere that people look."""
+    parameters = task_run.parameters
+    return f"shard {parameters['index'] + 1} of {parameters['count']}"
 
 
 def log_shard(step: Step, shard: Shard, **counts: int) -> None:

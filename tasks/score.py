@@ -16,7 +16,7 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, show_stage
 from tasks.errors import ConfigError
 from tasks.leases import use_gpu
-from tasks.logs import log_shard
+from tasks.logs import log_shard, shard_name
 from tasks.models import open_reward, reward_identity, use_threads
 from tasks.pictures import show_picture
 from tasks.retries import RETRIES
@@ -39,7 +39,7 @@ def count_shards(step: Step, lake_root: str) -> int:
     return len(lake.manifest(lake.resolve(step.inputs["candidates"])).shards("candidates"))
 
 
-@task(name="score-shard", task_run_name="shard {index} of {count}", persist_result=False, **RETRIES)
+@task(name="score-shard", task_run_name=shard_name, persist_result=False, **RETRIES)
 def score_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
     """Score one shard; the number of scored candidates."""
     config, lake = step.config, Lake.open(lake_root)
