@@ -215,6 +215,6 @@ def test_a_process_that_read_a_shard_ends_in_peace(tmp_path: Path) -> None:
         "import sys; from storage.lake import Lake; lake = Lake.open(sys.argv[1])\n"
         "assert lake.read_table(lake.resolve('candidates/demo'), 'candidates').num_rows == 500"
     )
-    for _ in range(20):
+    for _ in range(6):
         processes = [subprocess.Popen([sys.executable, "-c", script, lake.root]) for _ in range(3)]
         assert [process.wait(60) for process in processes] == [0, 0, 0]
