@@ -30,6 +30,7 @@ NEEDS_TRL = "needs TRL: pip install -c infra/constraints.txt 'trl==1.16.0'"
         ({"reducer": "robust"}, 'reducer = robust is not known to backend = "trl"; set mean'),
         ({"eval_steps": 5}, 'eval_steps = 5 is not known to backend = "trl"; set 0'),
         ({"s3d": "auto"}, "s3d = auto is not known"),
+        ({"processes": 2}, 'processes = 2 is not known to backend = "trl"; set 1'),
         ({"save_steps": 5}, 'save_steps = 5 does nothing in backend = "trl"; leave it out'),
         ({"kl_limit": 5}, "kl_limit = 5.0 does nothing"),
         ({"rows": 5}, "rows = 5 does nothing"),
