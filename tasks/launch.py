@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ Heard = Mapping[str, Callable[..., None]]  # by the word that the first process 
 
 ORDER, REPORT, MISTAKE, LOG = "launch.json", "report.json", "mistake.txt", "launch.log"
 TOLD = "winnow-told "
+MODULE = "tasks.launched"
+OWN = "/torch/distributed/elastic/"  # lines of torchrun's log
+FAILED = re.compile(rf"^.*{OWN}.* failed \(exitcode: (-?\d+)\) local_rank: (\d+)", re.MULTILINE)
 CONFIGS: Mapping[str, type[Trained]] = {"finetune": FinetuneConfig, "align": AlignConfig}
 
 
@@ -93,7 +97,7 @@ def _processes(config: Trained) -> Processes:
 
 def _run(work: Path, processes: Processes, heard: Heard) -> int:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes.count)]
-    command = [sys.executable, *launch, "-m", "tasks.launched", str(work)]
+    command = [sys.executable, *launch, "-m", MODULE, str(work)]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": str(processes.threads),
@@ -126,4 +130,9 @@ def _relay(process: "subprocess.Popen[str]", heard: Heard, log: TextIO) -> None:
 
 
 def _last_lines(log: Path) -> str:
-    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-600:]
+    """Which process failed and what was said before: torchrun tells the first at length and covers up the second."""
+    text = log.read_text(errors="replace")
+    failed = FAILED.search(text)
+    said = [line for line in text[: failed.start() if failed else None].splitlines() if OWN not in line]
+    which = f"process {failed[2]} failed with code {failed[1]} | " if failed else ""
+    return which + " | ".join(line.strip() for line in said[-3:])[-600:]

@@ -1,6 +1,5 @@
 """On-policy training in several processes from the flow, and the figures that go elsewhere than into the lake."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ SEVERAL: dict[str, Any] = {
     "eval_steps": 1,
     "learning_rate": 1e-4,
 }
-
-
-def second_dies(prompt: object, response: str) -> float:
-    """A reward that ends the second process."""
-    if os.environ.get("RANK") == "1":
-        os._exit(3)
-    return float(len(response))
 
 
 def _assert_alike(one: DatasetRef, two: DatasetRef, lake: Lake) -> None:
@@ -134,13 +126,14 @@ def test_a_mistake_that_any_process_meets_is_the_one_line_it_would_be_here(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_process_that_dies_ends_all_with_the_last_lines_of_its_log(config: PipelineConfig, lake: Lake) -> None:
-    settings = _settings(config, processes=2, reward_function="tests.tasks.test_align_processes:second_dies")
-    with pytest.raises(RuntimeError, match="training in 2 processes ended with code 1: ") as caught:
-        _run(settings, lake)
-    assert "\n" not in str(caught.value)
-    assert "exitcode" in str(caught.value)  # torchrun's last words
+def test_a_process_that_dies_ends_all_with_its_code_and_last_words(
+    config: PipelineConfig, lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "MODULE", "tests.tasks.dying")
+    with pytest.raises(RuntimeError) as caught:
+        launch.train_together(align.prepare(_settings(config, processes=2), lake), lake.root, tmp_path, {})
+    line = "training in 2 processes ended with code 1: process 1 failed with code 3 | what it said last"
+    assert str(caught.value) == line
 
 
 @pytest.mark.parametrize(
