@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prefect import task
 from pydantic import JsonValue
@@ -18,18 +18,22 @@ from tasks.artifacts import Cell, progress, show_stage, show_table
 from tasks.drafting import adapter_identity, open_s3d
 from tasks.errors import ConfigError
 from tasks.evaluate import truth_rule
+from tasks.launch import Heard, revived, train_together
 from tasks.logs import log_event
 from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import prompts_of, training_table
 from tasks.settings import AlignConfig
+from tasks.training import add_events, reporter_of
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.online.loop import Task
     from runtime.alignment.online.training import Look, OnlineConfig, OnlineReport
     from runtime.decoding.s3d.rounds import S3DDecoding
-    from runtime.records import Prompt
+    from runtime.records import Progress, Prompt
+
+    Asked = tuple[list[Prompt], list[Prompt]]  # to train on, and held out
 
 SHOWN_FILE = "answers.jsonl"
 SHOWN_CHARACTERS = 4000  # of a prompt or an answer in the table; the file has all
@@ -72,26 +76,23 @@ def prepare(config: AlignConfig, lake: Lake) -> Step:
 @task(name="align", persist_result=False)
 def align(step: Step, lake_root: str) -> DatasetRef:
     """Train and publish the model with its log and some of its answers."""
-    from runtime.alignment.config import Places
-    from runtime.alignment.online.loop import train_online
-    from runtime.hardware import pick_device
-    from runtime.models import load_policy
-
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, AlignConfig)
     use_threads(config.threads)
-    work_on = _task(step, config, lake)
-    # Loaded anew, not from the process's cache: training changes the weights.
-    policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
-    with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
+    asked, shown = read_prompts(step, lake), progress(f"{step.name} align")
+    output = lake.ref(step.kind, step.name, step.version)
+    on_look = _telling(output, asked[1])
+    with scratch(lake, output) as work:
         started = time.monotonic()
-        places = Places(work / "model", work / "checkpoints")
-        online = with_drafts(online_config(config), open_s3d(config, policy, lake))
-        train = train_by_trl if config.backend == "trl" else train_online
-        report = train(policy, work_on, online, places, progress(f"{step.name} align"))
+        if config.processes > 1:
+            heard: Heard = {"progress": shown, "look": lambda at: on_look(_read_look(work, at))}
+            report = _report(train_together(step, lake_root, work, heard))
+        else:
+            report = train(step, task_of(step, lake, asked, on_look), lake, work, shown)
         _write_shown(report, work / "answers")
         writer = step.writer(lake)
-        writer.add_tree(places.output, "model")
+        writer.add_tree(work / "model", "model")
+        add_events(writer, work / "logs", config.report_to)
         writer.add_tree(work / "answers", "answers")
         writer.write(Shard("training", "train", 0, 1), training_table(report.points))
         stats = _stats(config, report) | {"seconds": round(time.monotonic() - started, 1)}
@@ -99,6 +100,23 @@ def align(step: Step, lake_root: str) -> DatasetRef:
     show_stage(ref, stats, _group_rows(report))
     show_pictures(lake, ref)
     return ref
+
+
+def train(step: Step, task: "Task", lake: Lake, work: Path, on_progress: "Progress") -> "OnlineReport":
+    """Train into `work`, in this process or as one of several."""
+    from runtime.alignment.config import Places
+    from runtime.alignment.online.loop import train_online
+    from runtime.hardware import pick_device
+    from runtime.models import load_policy
+
+    config = step.config
+    assert isinstance(config, AlignConfig)
+    # Loaded anew, not from the process's cache: training changes the weights.
+    policy = load_policy(model_path(config.model, "policy", lake), "float32", pick_device(config.device))
+    places = Places(work / "model", work / "checkpoints", work / "logs")
+    online = with_drafts(online_config(config), open_s3d(config, policy, lake))
+    train = train_by_trl if config.backend == "trl" else train_online
+    return train(policy, task, online, places, on_progress)
 
 
 def online_config(config: AlignConfig) -> "OnlineConfig":
@@ -117,8 +135,9 @@ def online_config(config: AlignConfig) -> "OnlineConfig":
     )
     drawing = Drawing(**config.model_dump(include=set(Drawing.__dataclass_fields__) - {"s3d"}))
     lora = LoraSettings(config.lora_rank, config.lora_alpha) if config.lora else None
-    own = set(OnlineConfig.__dataclass_fields__) - {"method", "drawing", "lora"}
-    return OnlineConfig(method=method, drawing=drawing, lora=lora, **config.model_dump(include=own))
+    own = set(OnlineConfig.__dataclass_fields__) - {"method", "drawing", "lora", "report_to"}
+    report_to, same = reporter_of(config.report_to), config.model_dump(include=own)
+    return OnlineConfig(method=method, drawing=drawing, lora=lora, report_to=report_to, **same)
 
 
 def with_drafts(config: "OnlineConfig", s3d: "S3DDecoding | None") -> "OnlineConfig":
@@ -126,9 +145,10 @@ def with_drafts(config: "OnlineConfig", s3d: "S3DDecoding | None") -> "OnlineCon
     return replace(config, drawing=replace(config.drawing, s3d=s3d))
 
 
-def _task(step: Step, config: AlignConfig, lake: Lake) -> "Task":
-    from runtime.alignment.online.loop import Task
-
+def read_prompts(step: Step, lake: Lake) -> "Asked":
+    """The prompts to train on, and the held-out ones; ConfigError where the settings need more than there are."""
+    config = step.config
+    assert isinstance(config, AlignConfig)
     source = lake.resolve(step.inputs["prompts"])
     prompts = prompts_of(lake.read_table(source, "prompts", "train"))
     if not prompts:
@@ -136,9 +156,37 @@ def _task(step: Step, config: AlignConfig, lake: Lake) -> "Task":
     held_out = prompts_of(lake.read_table(source, "prompts", "test"))[: config.eval_prompts]
     if config.eval_steps and not held_out:
         raise ConfigError(f"eval_steps = {config.eval_steps}: {source} has no held-out prompt; set 0 or hold some out")
+    return prompts, held_out
+
+
+def task_of(step: Step, lake: Lake, asked: "Asked", on_look: "Callable[[Look], None]") -> "Task":
+    """With the models of its reward."""
+    from runtime.alignment.online.loop import Task
+
+    config, (prompts, held_out) = step.config, asked
+    assert isinstance(config, AlignConfig)
     rule = cast("Callable[..., float] | None", truth_rule(config.truth))
-    on_look = _telling(lake.ref(step.kind, step.name, step.version), held_out)
     return Task(prompts, open_reward(config, lake), held_out, rule, on_look)
+
+
+def look_file(work: Path, at: int) -> Path:
+    """Where the first of several processes leaves a look for the one that waits."""
+    return work / f"look-{at}.json"
+
+
+def _read_look(work: Path, at: int) -> "Look":
+    from runtime.alignment.online.training import Look, Shown
+    from runtime.alignment.report import Warned
+
+    found = json.loads(look_file(work, at).read_text())
+    return Look(**revived(found, {"shown": Shown, "alarms": Warned}))
+
+
+def _report(found: dict[str, Any]) -> "OnlineReport":
+    from runtime.alignment.online.training import OnlineReport, Shown
+    from runtime.alignment.report import Point, Warned
+
+    return OnlineReport(**revived(found, {"points": Point, "shown": Shown, "warnings": Warned}))
 
 
 def _telling(ref: DatasetRef, held_out: "Sequence[Prompt]") -> "Callable[[Look], None]":

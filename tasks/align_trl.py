@@ -24,6 +24,7 @@ OURS_ALONE: dict[str, object] = {
     "minibatches": 1,
     "eval_steps": 0,
     "eos_penalty": 0.0,
+    "processes": 1,
 }
 UNHEARD = ("save_steps", "kl_limit", "max_rows", "rows")
 CURVES = {"reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "tokens"} | {
@@ -65,7 +66,7 @@ def train_by_trl(
         args=_arguments(loaded, config, places),
         train_dataset=Dataset.from_list([_row(prompt, config.drawing.prompt_format) for prompt in task.prompts]),
         processing_class=loaded.tokenizer,
-        callbacks=[_telling(on_progress)] if on_progress else None,
+        callbacks=_callbacks(config, places, on_progress),
     )
     trainer.train()
     with quiet():
@@ -123,7 +124,7 @@ def _arguments(loaded: "LoadedModel", config: "OnlineConfig", places: "Places") 
         use_cpu=loaded.model.device.type == "cpu",
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
+        report_to="none" if config.report_to == "tensorboard" else config.report_to,  # whose files we write
         disable_tqdm=True,
         bf16=False,
         gradient_checkpointing=False,
@@ -131,14 +132,13 @@ def _arguments(loaded: "LoadedModel", config: "OnlineConfig", places: "Places") 
     )
 
 
-def _telling(on_progress: "Progress") -> Any:
-    from transformers import TrainerCallback
+def _callbacks(config: "OnlineConfig", places: "Places", on_progress: "Progress | None") -> list[Any]:
+    from runtime.alignment.callbacks import EventFiles, ReportProgress
 
-    class Telling(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
-            on_progress(state.global_step, state.max_steps)
-
-    return Telling()
+    found: list[Any] = [ReportProgress(on_progress)] if on_progress else []
+    if config.report_to == "tensorboard" and places.logs is not None:
+        found.append(EventFiles(places.logs))
+    return found
 
 
 def _note(history: Sequence[dict[str, float]], report: "OnlineReport") -> None:

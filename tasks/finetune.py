@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 from prefect import task
@@ -16,13 +15,12 @@ from storage.writer import Shard
 from tasks.artifacts import Cell, progress, show_stage
 from tasks.errors import ConfigError
 from tasks.groups import ALL, shown_group, shown_groups
-from tasks.launch import train_together
-from tasks.logs import log_event
+from tasks.launch import revived, train_together
 from tasks.models import adapter_identity, model_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import messages_of, training_table
 from tasks.settings import FinetuneConfig
-from tasks.training import load_trained, model_role, offline_config, stored_references, stores_reference
+from tasks.training import add_events, load_trained, model_role, offline_config, stored_references, stores_reference
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
@@ -57,21 +55,18 @@ def finetune(step: Step, lake_root: str) -> DatasetRef:
     with scratch(lake, lake.ref(step.kind, step.name, step.version)) as work:
         started = time.monotonic()
         if config.processes > 1:
-            report = train_together(step, lake_root, work, shown)
+            report = _revived(train_together(step, lake_root, work, {"progress": shown}))
         else:
             report = train(step, rows, lake, work, shown)
         shown.count(report.n_tokens)
         shown.show()
         writer = step.writer(lake)
         writer.add_tree(work / "model", "model")
-        if (work / "logs").is_dir():
-            writer.add_tree(work / "logs", "tensorboard")
+        add_events(writer, work / "logs", config.report_to)
         writer.write(Shard("training", "train", 0, 1), training_table(report.points))
         seconds = time.monotonic() - started - report.reference_seconds
         stats = _stats(config, report) | {"seconds": round(seconds, 1)}
         ref = writer.commit(step.provenance(stats))
-    if config.report_to == "auto" and not find_spec("tensorboard"):
-        log_event("no-event-files", why="tensorboard is not installed", fix="pip install winnow[tensorboard]")
     show_stage(ref, stats, _group_rows(report))
     show_pictures(lake, ref)
     return ref
@@ -129,6 +124,12 @@ def train(step: Step, rows: "PairRows", lake: Lake, work: Path, on_progress: "Pr
     report = train_offline(load_trained(config, lake), rows, settings, places, helpers)
     report.reference_seconds = spent[0]
     return report
+
+
+def _revived(found: dict[str, Any]) -> "TrainingReport":
+    from runtime.alignment.report import Point, TrainingReport, Warned
+
+    return TrainingReport(**revived(found, {"points": Point, "warnings": Warned}))
 
 
 def _timed(references: "References", spent: list[float]) -> "References":

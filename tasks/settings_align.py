@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings_base import STARTER
+from tasks.settings_base import REPORT_TO, STARTER, ReportTo
 from tasks.settings_drafting import S3D, S3D_ADAPTER, S3DChoice
 from tasks.settings_reward import RewardConfig
 
@@ -19,6 +19,14 @@ class AlignConfig(RewardConfig):
     )
     steps: int = Field(100, title="Steps", description="Each draws answers to some prompts and learns from them", ge=1)
     prompts_per_step: int = Field(16, title="Prompts per step", description="Whose answers are drawn together", ge=1)
+    processes: int = Field(
+        1,
+        title="Processes",
+        description="That train together on this machine (torchrun), each with its part of the prompts of every step; "
+        "one GPU each",
+        ge=1,
+        le=64,
+    )
     samples: int | None = Field(
         None, title="Answers", description="Per prompt; default 8 for grpo, 4 for rloo and bond, 1 for the others", ge=1
     )
@@ -109,6 +117,7 @@ class AlignConfig(RewardConfig):
     save_steps: int = Field(
         20, title="Checkpoints", description="Steps between them; a killed run goes on from the last; 0: none", ge=0
     )
+    report_to: ReportTo = REPORT_TO
     seed: int = Field(0, title="Seed", description="Of prompts, answers and new weights", ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -118,5 +127,15 @@ class AlignConfig(RewardConfig):
                 f'cut_policy = "{self.cut_policy}" would cut answers by their rewards, and the mean over those that '
                 f"are left is no estimate of {self.method}'s gradient; use none, or `winnow iterate`, whose methods "
                 "learn from the best answers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_prompts_for_all(self) -> Self:
+        least = self.processes * self.minibatches
+        if self.processes > 1 and self.prompts_per_step < least:
+            raise ValueError(
+                f"processes = {self.processes} cannot share prompts_per_step = {self.prompts_per_step} in minibatches "
+                f"= {self.minibatches}; make it at least {least}, or start fewer"
             )
         return self

@@ -10,6 +10,12 @@ STARTER = "starter"
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda", "auto"]
 PromptFormat = Literal["chat", "text"]
+ReportTo = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
+REPORT_TO: ReportTo = Field(
+    "auto",
+    title="Report to",
+    description="auto: TensorBoard's event files where that package is installed; the table has all figures anyway",
+)
 
 
 class StageConfig(BaseModel):

@@ -4,12 +4,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.settings_base import STARTER, Device, Dtype, PromptFormat, StageConfig
+from tasks.settings_base import REPORT_TO, STARTER, Device, Dtype, PromptFormat, ReportTo, StageConfig
 
 Method = Literal[
     "dpo", "gr_dpo", "ipo", "gr_ipo", "dpop", "tdpo1", "tdpo2", "orpo", "simpo", "kto", "sft", "reward"
 ]  # fmt: skip
-ReportTo = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
 
 
 class FinetuneConfig(StageConfig):
@@ -149,11 +148,7 @@ class FinetuneConfig(StageConfig):
     divergence: float = Field(
         20.0, title="Divergence", description="Stop at a loss so many times the first one; 0: only at no number", ge=0
     )
-    report_to: ReportTo = Field(
-        "auto",
-        title="Report to",
-        description="auto: TensorBoard's event files where that package is installed; the table has all figures anyway",
-    )
+    report_to: ReportTo = REPORT_TO
     prompt_format: PromptFormat = Field(
         "chat", title="Prompt format", description="chat: the tokenizer's chat template; text: one message, as it is"
     )

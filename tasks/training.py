@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from storage.lake import Lake
+from storage.writer import VersionWriter
 from tasks.errors import ConfigError
+from tasks.logs import log_event
 from tasks.models import model_path
 from tasks.settings import FinetuneConfig
+from tasks.settings_base import ReportTo
 from tasks.versions import Step, pin
 
 if TYPE_CHECKING:
     from runtime.alignment.config import LoraSettings, OfflineConfig, RewardSettings, Watch
+    from runtime.alignment.config import ReportTo as Reporter
     from runtime.alignment.groups import GroupSettings
     from runtime.alignment.losses import LossSettings, Method
     from runtime.models import LoadedModel
@@ -84,6 +88,23 @@ def model_role(config: FinetuneConfig) -> Literal["policy", "reward"]:
     return "reward" if config.method == "reward" else "policy"
 
 
+def reporter_of(choice: ReportTo) -> "Reporter":
+    """What `report_to` means here; ConfigError where that package is missing."""
+    from runtime.alignment.arguments import need_reporter
+
+    found: Reporter = choice if choice != "auto" else "tensorboard" if find_spec("tensorboard") else "none"
+    need_reporter(found)
+    return found
+
+
+def add_events(writer: VersionWriter, logs: Path, report_to: ReportTo) -> None:
+    """Publish TensorBoard's event files; the log says so when it is only the package that is missing."""
+    if logs.is_dir():
+        writer.add_tree(logs, "tensorboard")
+    if report_to == "auto" and not find_spec("tensorboard"):
+        log_event("no-event-files", why="tensorboard is not installed", fix="pip install winnow[tensorboard]")
+
+
 def _loss(config: FinetuneConfig) -> "LossSettings | RewardSettings":
     from runtime.alignment.config import RewardSettings
     from runtime.alignment.losses import LossSettings
@@ -150,13 +171,9 @@ def adapter_folder(source: str, lake: Lake) -> Path:
 
 
 def _watch(config: FinetuneConfig) -> "Watch":
-    from runtime.alignment.arguments import need_reporter
     from runtime.alignment.config import Watch
 
-    report_to = config.report_to
-    if report_to == "auto":
-        report_to = "tensorboard" if find_spec("tensorboard") else "none"
-    need_reporter(report_to)
+    report_to = reporter_of(config.report_to)
     return Watch(config.eval_steps, config.early_stopping, config.save_steps, config.divergence, report_to)
 
 

@@ -37,7 +37,7 @@ class EventFiles(TrainerCallback):
         """What a killed training wrote behind its last checkpoint is written again, and holds no more."""
         from torch.utils.tensorboard import SummaryWriter
 
-        purged_from = state.global_step + 1 if state.global_step else None
+        purged_from = state.global_step + 1 if state.global_step else 0  # 0 is that of a look before the first step
         self.writer = SummaryWriter(str(self.folder), purge_step=purged_from)
 
     def on_log(

@@ -50,6 +50,16 @@ class GroupSums:
         return {"pairs": int(row[0]), **dict(zip(self.metrics, values, strict=True))}
 
 
+def by_name(figures: Figures) -> dict[str, float]:
+    """Under the names that they are reported by: METRIC of all samples, groups/GROUP/METRIC of a group."""
+    return {
+        f"groups/{name}/{metric}" if name else metric: value
+        for name, values in figures.items()
+        for metric, value in values.items()
+        if metric != "pairs"
+    }
+
+
 def known_means(values: Mapping[str, tuple[Tensor, Tensor]], groups: Sequence[str]) -> Figures:
     """Means over all samples (ALL) and per group of metrics that are not known of every sample.
 

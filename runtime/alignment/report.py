@@ -17,6 +17,16 @@ class Point:
     value: float
 
 
+def points_of(step: int, split: str, figures: Figures) -> list[Point]:
+    """Figures as they are kept."""
+    return [
+        Point(step, split, name or None, metric, value)
+        for name, values in figures.items()
+        for metric, value in values.items()
+        if metric != "pairs"
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Warned:
     """Something about a group that the reader of the figures must know."""

@@ -19,10 +19,10 @@ from runtime.alignment.arguments import WORST_LOSS
 from runtime.alignment.callbacks import EventFiles, OwnState, ReportProgress
 from runtime.alignment.checkpoints import path_of
 from runtime.alignment.config import OfflineConfig
-from runtime.alignment.figures import ALL, Figures, GroupSums, extremes
+from runtime.alignment.figures import ALL, Figures, GroupSums, by_name, extremes
 from runtime.alignment.groups import GroupReducer
 from runtime.alignment.items import FILLER, Inputs, Item, Objective, collated
-from runtime.alignment.report import Point
+from runtime.alignment.report import Point, points_of
 from runtime.alignment.sampler import LengthGrouped
 from runtime.errors import ModelError
 from runtime.records import Progress
@@ -182,18 +182,14 @@ class OfflineTrainer(Trainer):
 
     def keep(self, split: str, figures: Figures) -> dict[str, float]:
         """Put figures, extremes and group weights into the record; all of it again, by name, to be reported."""
-        step, shown = self.state.global_step, {name: dict(values) for name, values in figures.items()}
+        shown = {name: dict(values) for name, values in figures.items()}
         shown[ALL] |= extremes(figures)
         if self.config.groups.reducer != "mean" and split == "train":
             # All of them: one that has no pair in this step has a weight too.
             for name, weight in zip(self.reducer.names, self.reducer.weights.tolist(), strict=True):
                 shown.setdefault(name, {})["weight"] = weight
-        found: dict[str, float] = {}
-        for name, values in shown.items():
-            known = {metric: value for metric, value in values.items() if metric != "pairs"}
-            self.points += [Point(step, split, name or None, metric, value) for metric, value in known.items()]
-            found |= {f"groups/{name}/{metric}" if name else metric: value for metric, value in known.items()}
-        return found
+        self.points += points_of(self.state.global_step, split, shown)
+        return by_name(shown)
 
     @property
     def good_checkpoint(self) -> Path | None:

@@ -28,6 +28,7 @@ FEW: dict[str, Any] = {
     "eval_steps": 2,
     "eval_samples": 2,
     "threads": 1,
+    "report_to": "none",
 }
 
 

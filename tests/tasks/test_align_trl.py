@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ NEEDS_TRL = "needs TRL: pip install -c infra/constraints.txt 'trl==1.16.0'"
         ({"reducer": "robust"}, 'reducer = robust is not known to backend = "trl"; set mean'),
         ({"eval_steps": 5}, 'eval_steps = 5 is not known to backend = "trl"; set 0'),
         ({"s3d": "auto"}, "s3d = auto is not known"),
+        ({"processes": 2}, 'processes = 2 is not known to backend = "trl"; set 1'),
         ({"save_steps": 5}, 'save_steps = 5 does nothing in backend = "trl"; leave it out'),
         ({"kl_limit": 5}, "kl_limit = 5.0 does nothing"),
         ({"rows": 5}, "rows = 5 does nothing"),
@@ -70,7 +72,10 @@ def test_without_trl_the_fix_is_named(config: PipelineConfig, lake: Lake) -> Non
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_trl_trains_on_our_prompts_and_rewards(config: PipelineConfig, lake: Lake) -> None:
     pytest.importorskip("trl", reason=NEEDS_TRL)
-    ref = _run(_settings(config, backend="trl", eval_steps=0, steps=3), lake)
+    ref = _run(_settings(config, backend="trl", eval_steps=0, steps=3, report_to="auto"), lake)
+    if find_spec("tensorboard"):
+        (file,) = lake.folder(ref, "tensorboard").iterdir()
+        assert b"train/reward" in file.read_bytes()
     assert lake.manifest(ref).stats["answers"] == 27
     load_policy(str(lake.folder(ref, "model")))
     rows = lake.read_table(ref, "training").to_pylist()

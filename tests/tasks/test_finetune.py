@@ -17,7 +17,7 @@ from storage.lake import DatasetRef, Lake
 from storage.report.pictures import stage_pictures
 from storage.schema import to_table
 from storage.writer import Provenance, Shard
-from tasks import finetune
+from tasks import finetune, training
 from tasks.artifacts import ShownProgress
 from tasks.errors import ConfigError, ModelError
 from tasks.models import open_reward
@@ -185,8 +185,8 @@ def test_event_files_that_cannot_be_written_are_named(
     extra: bool, lake: Lake, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(finetune, "log_event", lambda event, **values: said.append(event))
-    for module in ("tasks.finetune", "tasks.training", "runtime.alignment.arguments"):
+    monkeypatch.setattr(training, "log_event", lambda event, **values: said.append(event))
+    for module in ("tasks.training", "runtime.alignment.arguments"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: object() if extra else None)
     if extra:
         pytest.importorskip("tensorboard")

@@ -76,7 +76,7 @@ LAUNCH = """
 import sys, time
 from pathlib import Path
 from tasks import launch
-launch._run(Path(sys.argv[1]), 2, lambda done, total: None, is_cpu=True)
+launch._run(Path(sys.argv[1]), launch.Processes(2, threads=1, is_cpu=True), {})
 """
 
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,12 +22,13 @@ from runtime.alignment.online.experience import Experience, Gatherer
 from runtime.alignment.online.lessons import Lesson, lesson_losses
 from runtime.alignment.online.players import Cast, Players
 from runtime.alignment.online.ranks import Ranks
+from runtime.alignment.online.reporter import Reporter
 from runtime.alignment.online.rollout import PromptOrder, Sampler
 from runtime.alignment.online.settings import OnlineSettings
 from runtime.alignment.online.state import load_state, save_state
 from runtime.alignment.online.surrogates import divisor_of
 from runtime.alignment.online.training import Look, OnlineConfig, OnlineReport, Shown, Truth
-from runtime.alignment.report import Point, Warned
+from runtime.alignment.report import Point, Warned, points_of
 from runtime.alignment.trainer import DivergedError
 from runtime.errors import ConfigError, InputError, ModelError
 from runtime.models import LoadedModel, quiet
@@ -67,7 +67,7 @@ def train_online(
     if config.eval_steps and not task.held_out:
         raise InputError(f"eval_steps = {config.eval_steps}, but there is no held-out prompt; set 0 or hold some out")
     without_dropout(loaded.model)
-    training = _Training(loaded, task, config, places.work)
+    training = _Training(loaded, task, config, places)
     report = training.run(on_progress)
     if training.ranks.is_first:
         _write(training.players, loaded, config, places)
@@ -88,12 +88,13 @@ def _write(players: Players, loaded: LoadedModel, config: OnlineConfig, places: 
 class _Training:
     """One call of `train_online`."""
 
-    def __init__(self, loaded: LoadedModel, task: Task, config: OnlineConfig, work: Path) -> None:
-        self.config, self.work, settings = config, work, config.method
+    def __init__(self, loaded: LoadedModel, task: Task, config: OnlineConfig, places: Places) -> None:
+        self.config, self.work, settings = config, places.work, config.method
         roles = Cast(has_anchor=settings.method == "jbond", has_values=settings.method == "ppo")
         self.players = Players.of(loaded, config.lora, roles, config.seed)
         self.optimizer = _optimizer(self.players, config)
         self.ranks = Ranks()
+        self.reporter = Reporter(config, places, self.players.model, self.ranks.is_first)
         self.gatherer = Gatherer(self.players, Sampler(task.reward, config.drawing, self.ranks), settings, config.rows)
         self.order = PromptOrder(task.prompts, config.prompts_per_step, config.seed)
         _check_prompts(self.order.per_step, self.ranks.size, settings)
@@ -113,7 +114,8 @@ class _Training:
         state = load_state(self.work, self.players, self.optimizer)
         if state is not None:
             self._restore(state)
-        elif config.eval_steps:
+        self.reporter.begin(report.steps)
+        if state is None and config.eval_steps:
             self._evaluate()
         while report.steps < config.steps:
             with self._fate_told():
@@ -127,6 +129,7 @@ class _Training:
                 on_progress(report.steps, config.steps)
         with self._fate_told():
             self._end()
+        self.reporter.end()
         return report
 
     def _step(self, step: int) -> bool:
@@ -288,9 +291,8 @@ class _Training:
         self._points(step, "train", figures)
 
     def _points(self, step: int, split: str, figures: Figures) -> None:
-        for name, values in figures.items():
-            known = ((metric, value) for metric, value in values.items() if metric != "pairs")
-            self.report.points += [Point(step, split, name or None, metric, value) for metric, value in known]
+        self.report.points += points_of(step, split, figures)
+        self.reporter.log(step, split, figures)
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then constant: an on-policy training has no end that it must cool down for."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from runtime.alignment.config import LoraSettings
+from runtime.alignment.config import LoraSettings, ReportTo
 from runtime.alignment.online.rollout import Drawing
 from runtime.alignment.online.settings import OnlineSettings
 from runtime.alignment.report import Point, Warned
@@ -35,6 +35,7 @@ class OnlineConfig:
     eval_steps: int = 0
     eval_samples: int = 4
     save_steps: int = 0
+    report_to: ReportTo = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:

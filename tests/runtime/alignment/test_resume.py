@@ -76,7 +76,10 @@ def test_a_training_stopped_anywhere_goes_on_as_if_nothing_had_been(
     assert (parts.steps < 12) == (kind == "early stopping")
 
 
-def test_event_files_of_a_resumed_training_have_every_step_once(tiny_policy_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [1, 5])  # before the first checkpoint, and behind one
+def test_event_files_of_a_resumed_training_have_every_step_once(
+    stop: int, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,7 +87,7 @@ def test_event_files_of_a_resumed_training_have_every_step_once(tiny_policy_dir:
     places = Places(tmp_path, tmp_path / "work", tmp_path / "logs")
 
     def stopped(done: int, total: int) -> None:
-        if done == 5:
+        if done == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
