@@ -73,9 +73,10 @@ def test_a_mistake_in_a_process_is_the_one_line_it_would_be_here(config: Pipelin
 
 
 LAUNCH = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from tasks import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 launch._run(Path(sys.argv[1]), launch.Processes(2, threads=1, is_cpu=True), {})
 """
 
