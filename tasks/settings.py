@@ -6,7 +6,7 @@ Every field goes into the fingerprint of its stage: changing one makes a new ver
 import re
 from typing import Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -15,6 +15,7 @@ from tasks.settings_align import AlignConfig as AlignConfig
 from tasks.settings_assemble import AssembleConfig as AssembleConfig
 from tasks.settings_base import NAME_PATTERN as NAME_PATTERN
 from tasks.settings_base import STARTER as STARTER
+from tasks.settings_base import STRICT
 from tasks.settings_base import Device as Device
 from tasks.settings_base import Dtype as Dtype
 from tasks.settings_base import PromptFormat as PromptFormat
@@ -278,7 +279,7 @@ class CompareConfig(MethodsConfig):
 class ChainConfig(BaseModel):
     """The stages that a pipeline runs. It sets their names and connects their inputs itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     name: str = Field("main", title="Name", description="Name of all its datasets", pattern=NAME_PATTERN)
     ingest: IngestConfig = Field(IngestConfig(), title="Ingest", description="Where prompts come from")

@@ -1,6 +1,6 @@
 """What the parameters of all stages, and of those that read a source, have in common."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,10 +18,19 @@ REPORT_TO: ReportTo = Field(
 )
 
 
+def _in_order(schema: dict[str, Any]) -> None:
+    """Prefect's form sorts by `position`; PostgreSQL does not keep the order of a JSON object's keys."""
+    for position, field in enumerate(schema.get("properties", {}).values()):
+        field["position"] = position
+
+
+STRICT = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_in_order)
+
+
 class StageConfig(BaseModel):
     """What all stages share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     name: str = Field("main", title="Name", description="Name of the datasets in the lake", pattern=NAME_PATTERN)
 

@@ -2,13 +2,15 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+
+from tasks.settings_base import STRICT
 
 
 class ExecutionConfig(BaseModel):
     """How a run is spread out. No part of any version: the same configuration gives the same dataset everywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     task_runner: Literal["thread", "process", "dask", "ray"] = Field(
         "thread",

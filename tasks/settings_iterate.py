@@ -2,13 +2,15 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
+
+from tasks.settings_base import STRICT
 
 
 class IterateConfig(BaseModel):
     """Rounds of generate, score, assemble and finetune; each starts from the last one's model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     rounds: int = Field(3, title="Rounds", description="Each makes candidates, pairs and a model", ge=1, le=99)
     method: Literal["best_of_n", "online_preferences"] = Field(

@@ -56,6 +56,16 @@ def test_every_field_is_a_control_of_the_form_and_none_a_json_editor(name: str) 
             assert _is_control(described), f"{field}: {described}"
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_form_says_in_which_order_fields_stand(name: str) -> None:
+    schema = _schema(name)
+    definitions = schema["definitions"]
+    assert isinstance(definitions, dict)
+    for model in [schema, *definitions.values()]:
+        positions = [described["position"] for described in model["properties"].values()]
+        assert positions == sorted(set(positions))
+
+
 def _is_control(node: dict[str, object]) -> bool:
     """Text, number, tick box, drop-down, list of these, a box of a model's own, or one of them or None."""
     if "anyOf" in node:

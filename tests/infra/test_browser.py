@@ -45,14 +45,14 @@ def a_worker(server: Server) -> Iterator[None]:
         yield
 
 
-def _open_form(server: Server, page: "Page") -> None:
-    deployment = server.deployment("generate/default")
+def _open_form(server: Server, page: "Page", name: str = "generate/default") -> None:
+    deployment = server.deployment(name)
     page.goto(f"{server.url.removesuffix('/api')}/v2/deployments/deployment/{deployment['id']}/run")
     page.get_by_label("Candidates (Optional)").wait_for()
 
 
-def _n_runs(server: Server) -> int:
-    mine = {"deployments": {"id": {"any_": [server.deployment("generate/default")["id"]]}}}
+def _n_runs(server: Server, name: str = "generate/default") -> int:
+    mine = {"deployments": {"id": {"any_": [server.deployment(name)["id"]]}}}
     return int(server.call("POST", "/flow_runs/count", mine))
 
 
@@ -97,6 +97,23 @@ def test_a_wrong_value_is_shown_where_it_is_and_starts_nothing(
     page.screenshot(path=tmp_path / "wrong.png")
     assert page.url.endswith("/run")
     assert _n_runs(server) == before
+
+
+def test_the_form_of_the_pipeline_has_its_stages_in_order_and_refuses_a_wrong_name(
+    server: Server, page: "Page", tmp_path: Path
+) -> None:
+    before = _n_runs(server, "pipeline/default")
+    _open_form(server, page, "pipeline/default")
+    page.screenshot(path=tmp_path / "pipeline.png")
+    stages = ["Ingest", "Generate", "Score", "Assemble", "Fine-tune", "Evaluate", "Export"]
+    shown = [label.inner_text().removesuffix(" (Optional)") for label in page.locator("label").all()]
+    assert [label for label in shown if label in stages] == stages
+    assert page.locator(".cm-editor").count() == 0
+    page.get_by_label("Name (Optional)", exact=True).fill("Not a name")
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_text("does not match").first.wait_for()
+    assert page.url.endswith("/run")
+    assert _n_runs(server, "pipeline/default") == before
 
 
 def test_a_run_with_a_thousand_shards_opens_with_its_artifacts(server: Server, page: "Page", tmp_path: Path) -> None:

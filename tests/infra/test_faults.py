@@ -137,6 +137,7 @@ def test_a_run_killed_with_its_worker_is_found_out_and_started_again_by_the_next
 
 
 @by_automations
+@pytest.mark.long
 def test_a_run_killed_alone_is_started_again_by_its_worker(
     server: Server, lake: Path, gate: Path, expected: dict[str, str]
 ) -> None:
@@ -157,6 +158,7 @@ def _children(pid: int) -> list[int]:
 
 
 @by_automations
+@pytest.mark.long
 def test_a_worker_killed_alone_takes_its_run_down_and_the_next_one_continues_it(
     server: Server, lake: Path, gate: Path, expected: dict[str, str]
 ) -> None:

@@ -10,7 +10,7 @@ from tests.servers.buckets import new_lake, use_endpoint
 from tests.servers.prefect import ROOT, Server, winnow, worker
 from tests.servers.processes import moto
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 GENERATE = {"name": "shared", "n": 4, "shard_prompts": 2, "threads": 1, "max_new_tokens": 48, "max_rows": 16}
 N_PROMPTS = 12
 RUNS = (GENERATE, GENERATE | {"seed": 1}, GENERATE | {"seed": 2})
