@@ -58,4 +58,4 @@ def test_the_commands_from_zero_to_a_scheduled_run_do_what_they_say(tmp_path: Pa
                 assert done.returncode == 0, (written, done.stdout, done.stderr)
                 printed += done.stdout
     assert "Completed" in printed
-    assert Lake.open(str(folder / "lake")).find("bundles", "main") is not None
+    assert Lake.open(str(folder / "lake")).manifests("bundles") != []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime.alignment.collate import Batch, padded
-from runtime.alignment.config import LoraSettings
+from runtime.alignment.config import LoraSettings, Places
 from runtime.alignment.online.loop import Task, _Training
 from runtime.alignment.online.players import ANCHOR
 from runtime.alignment.online.ranks import Ranks
@@ -69,7 +69,8 @@ def _training(method: str, folder: Path, lora: LoraSettings | None = None, **con
     whole = OnlineConfig(settings, drawing, prompts_per_step=4, rows=5, warmup_ratio=0.0, lora=lora)
     loaded = LoadedModel(tiny_model(), cast(Any, None), "", "")
     task = Task(PROMPTS, FunctionReward(lambda prompt, response: 0.0, "none"))
-    training = _Training(loaded, task, replace(whole, max_grad_norm=1e9, kl_limit=1e9), folder)
+    places = Places(folder / "model", folder)
+    training = _Training(loaded, task, replace(whole, max_grad_norm=1e9, kl_limit=1e9), places)
     training.gatherer.sampler = cast(Any, MadeUp())
     players = training.players
     if players.value_head is not None:
