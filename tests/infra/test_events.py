@@ -200,7 +200,7 @@ def test_serve_runs_what_the_server_asks_for_without_a_worker(tmp_path: Path) ->
             active = [s["active"] for s in server.deployment("pipeline/default")["schedules"]]
             assert active == [True]
             os.kill(process.pid, signal.SIGINT)
-            wait_until(lambda: process.poll() is not None, "the end of serve", 60)
+            wait_until(lambda: process.poll() is not None, "the end of serve")
             assert server.deployment("pipeline/default")["paused"] is True
         finally:
             stop(process)
