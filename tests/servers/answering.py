@@ -2,9 +2,10 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,7 +16,7 @@ class Asked:
 
     method: str
     path: str
-    headers: Mapping[str, str]
+    headers: Message  # whatever the case of a name
     body: Any
 
 
@@ -29,7 +30,7 @@ def answering(answer: Callable[[Asked], tuple[int, object]]) -> Iterator[str]:
         def _answer(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
-            status, content = answer(Asked(self.command, self.path, dict(self.headers), body))
+            status, content = answer(Asked(self.command, self.path, self.headers, body))
             sent = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
