@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import postgres
-from tests.servers.prefect import Server, prefect_server, winnow
+from tests.servers.prefect import Server, deployed_server
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with ExitStack() as stack:
         if postgres.programs() is not None:
             settings["PREFECT_API_DATABASE_CONNECTION_URL"] = stack.enter_context(postgres.postgres()).url
-        found = stack.enter_context(prefect_server(folder, **settings))
-        deployed = winnow(found, "deploy", "--lake", str(folder / "lake"))
-        assert deployed.returncode == 0, deployed.stderr
-        yield found
+        yield stack.enter_context(deployed_server(folder, folder / "lake", **settings))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from flows.deployments import Place, code_version, read_file
 from tasks.errors import ConfigError
 from tests.flows.test_schema import FLOWS
-from tests.servers.prefect import ROOT, Server, prefect_server, wait_until, winnow
+from tests.servers.prefect import ROOT, Server, deployed_server, wait_until, winnow
 
 PLACE = Place(ROOT / "prefect.yaml", "/work", "/lake")
 
@@ -81,9 +81,7 @@ def test_deploying_twice_leaves_one_of_each(server: Server, server_lake: Path) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_cron_deployment_gets_its_scheduled_runs(tmp_path: Path) -> None:
-    with prefect_server(tmp_path / "prefect") as server:
-        deployed = winnow(server, "deploy", "--lake", str(tmp_path / "lake"))
-        assert deployed.returncode == 0, deployed.stderr
+    with deployed_server(tmp_path / "prefect", tmp_path / "lake") as server:
         wanted = {"deployments": {"id": {"any_": [server.deployment("pipeline/default")["id"]]}}}
         wait_until(lambda: bool(server.call("POST", "/flow_runs/filter", wanted)), "a scheduled run")
         runs = server.call("POST", "/flow_runs/filter", wanted)

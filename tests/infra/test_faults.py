@@ -5,15 +5,13 @@ import os
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from storage.lake import Lake
 from tests.servers.postgres import INSTALL, postgres, programs
-from tests.servers.prefect import Server, prefect_server, wait_until, winnow, worker
+from tests.servers.prefect import Server, deployed_server, prefect_server, wait_until, winnow, worker
 from tests.tasks.gate import GATE, N_BEFORE, SHARD_PROMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -76,15 +74,6 @@ def _with_prompts(root: Path) -> Path:
 def gate(tmp_path: Path) -> Path:
     """Runs that are told of it stop in their fourth shard until it is there."""
     return tmp_path / "gate"
-
-
-@contextmanager
-def _deployed(folder: Path, lake: Path, **settings: str) -> Iterator[Server]:
-    """A server of one test."""
-    with prefect_server(folder, **settings) as server:
-        deployed = winnow(server, "deploy", "--lake", str(lake))
-        assert deployed.returncode == 0, deployed.stderr
-        yield server
 
 
 def _start(server: Server, lake: Path) -> str:
@@ -210,7 +199,7 @@ def test_a_run_outlives_a_server_that_is_restarted(
 def test_a_run_outlives_a_database_that_is_locked_for_half_a_minute(
     lake: Path, tmp_path: Path, gate: Path, expected: dict[str, str]
 ) -> None:
-    with _deployed(tmp_path / "prefect", lake) as server, worker(server, "calm", **{GATE: str(gate)}):
+    with deployed_server(tmp_path / "prefect", lake) as server, worker(server, "calm", **{GATE: str(gate)}):
         run_id = _start(server, lake)
         _wait_for_half(lake)
         with sqlite3.connect(server.folder / "server" / "prefect.db", timeout=60, isolation_level=None) as database:
@@ -228,7 +217,7 @@ def test_a_run_outlives_a_database_that_is_gone_for_half_a_minute(
 ) -> None:
     with (
         postgres() as database,
-        _deployed(tmp_path / "prefect", lake, PREFECT_API_DATABASE_CONNECTION_URL=database.url) as server,
+        deployed_server(tmp_path / "prefect", lake, PREFECT_API_DATABASE_CONNECTION_URL=database.url) as server,
         worker(server, "patient", **{GATE: str(gate)}),
     ):
         run_id = _start(server, lake)

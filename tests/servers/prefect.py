@@ -142,6 +142,15 @@ def prefect_server(folder: Path, auth: tuple[str, str] | None = None, **settings
 
 
 @contextmanager
+def deployed_server(folder: Path, lake: Path, **settings: str) -> Iterator[Server]:
+    """A server with all deployments, which use this lake."""
+    with prefect_server(folder, **settings) as server:
+        done = winnow(server, "deploy", "--lake", str(lake))
+        assert done.returncode == 0, done.stderr
+        yield server
+
+
+@contextmanager
 def worker(server: Server, name: str, pool: str = "winnow", **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process worker that takes one run at a time; ended with whatever it runs."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--limit", "1", "--name", name]
