@@ -1,10 +1,8 @@
-"""Loading models and tokenizers, the hash of their files, and the one way in which text becomes token ids."""
+"""Loading models and tokenizers, and the one way in which text becomes token ids."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
@@ -20,13 +18,11 @@ from transformers import (
 from transformers.utils import logging
 
 from runtime.errors import InputError, ModelError, TemplateError
+from runtime.model_files import content_hash, first_line, model_folder
 from runtime.records import Message
 
 PromptFormat = Literal["chat", "text"]
 
-# What loading reads; cards, logs and optimizer states next to a model do not change its identity.
-ADAPTER_FILE = "adapter_config.json"
-MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -52,11 +48,11 @@ def load_policy(source: str, dtype: str = "float32", device: str = "cpu") -> Loa
 
 def load_classifier(source: str, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
     """Load a sequence classifier with exactly one label, used as a reward model."""
-    folder = _resolve(source)
+    folder = model_folder(source)
     try:
         n_labels = int(AutoConfig.from_pretrained(folder, trust_remote_code=False).num_labels)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the config of {source!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {source!r}: {first_line(error)}") from error
     if n_labels != 1:
         raise ModelError(f"{source!r} has {n_labels} labels; a reward model needs num_labels = 1 (one score per text)")
     return _load(source, dtype, device, AutoModelForSequenceClassification)
@@ -65,9 +61,9 @@ def load_classifier(source: str, dtype: str = "float32", device: str = "cpu") ->
 def load_reward_start(source: str, device: str = "cpu", seed: int = 0) -> LoadedModel:
     """What a reward model is trained from: a classifier with one label as it is, or a policy with a new head."""
     try:
-        architectures = AutoConfig.from_pretrained(_resolve(source), trust_remote_code=False).architectures or [""]
+        architectures = AutoConfig.from_pretrained(model_folder(source), trust_remote_code=False).architectures or [""]
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the config of {source!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {source!r}: {first_line(error)}") from error
     if architectures[0].endswith("ForSequenceClassification"):
         return load_classifier(source, "float32", device)
     with torch.random.fork_rng(devices=[]):
@@ -92,37 +88,7 @@ def load_policy_4bit(source: str) -> LoadedModel:
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or hub name, for a model that is served elsewhere."""
-    return _tokenizer(_resolve(source), source)
-
-
-def content_hash(source: str) -> str:
-    """sha256 hex over the names and bytes of the files that loading reads; a process reads files once."""
-    return _hash_of(_resolve(source))
-
-
-def adapter_hash(folder: Path) -> str:
-    """Likewise of an adapter that peft wrote."""
-    for name in (ADAPTER_FILE, "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{str(folder)!r} has no {name}; give the folder of an adapter that peft wrote")
-    return _hash_of(folder)
-
-
-def _hash_of(folder: Path) -> str:
-    stats = [(path, path.stat()) for path in _model_files(folder)]
-    return _hashed(tuple((path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats))
-
-
-@lru_cache(maxsize=64)
-def _hashed(files: tuple[tuple[Path, int, int, int, int], ...]) -> str:
-    """The times and the inode are only there to notice a file that was changed."""
-    digest = hashlib.sha256()
-    for path, size, *_ in files:
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return _tokenizer(model_folder(source), source)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], format: PromptFormat) -> list[int]:
@@ -213,7 +179,7 @@ def _load(
 ) -> LoadedModel:
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not supported; use one of {', '.join(_DTYPES)}")
-    folder = _resolve(source)
+    folder = model_folder(source)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{source!r} has no *.safetensors file; save the model with save_pretrained")
     try:
@@ -230,7 +196,7 @@ def _load(
         if "device_map" not in (extra or {}):
             cast(torch.nn.Module, model).to(device)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(f"cannot load {source!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {source!r}: {first_line(error)}") from error
     # A head that is asked for may be new.
     missing = sorted(name for name in info["missing_keys"] if "num_labels" not in (extra or {}) or "score" not in name)
     if missing:
@@ -247,7 +213,7 @@ def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
         with quiet():
             found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # its files may come from anywhere, and the library raises what it likes about them
-        reason = f"{type(error).__name__}: {_first_line(error)}"[:200]
+        reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise ModelError(
             f"cannot load the tokenizer of {source!r}: {reason}; give a folder written by save_pretrained"
         ) from error
@@ -268,29 +234,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _resolve(source: str) -> Path:
-    """The folder of a local model, or of the downloaded snapshot of a hub model."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{source!r} has no config.json; give a folder written by save_pretrained")
-        return folder
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ModelError(f"{source!r} is not a model folder; give a folder with config.json or a hub name")
-    from huggingface_hub import snapshot_download  # a dependency of transformers, needed only for hub names
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(MODEL_FILES)))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise ModelError(f"{source!r} is neither a folder nor a reachable hub model: {_first_line(error)}") from error
-
-
-def _model_files(folder: Path) -> list[Path]:
-    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found, key=lambda path: path.name)
-
-
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise ModelError('the tokenizer has no chat template; set prompt_format = "text" or use a chat model')
@@ -298,7 +241,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # templates are programs: what they raise about these messages concerns this row
-        raise InputError(f"the chat template refuses the messages: {_first_line(error)}") from error
+        raise InputError(f"the chat template refuses the messages: {first_line(error)}") from error
     return cast(str, text)
 
 
@@ -311,9 +254,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: b
     try:
         return cast(list[int], tokenizer.encode(text, add_special_tokens=add_special_tokens))
     except Exception as error:  # of a type that has no other name, where a vocabulary has no token for a text
-        raise InputError(f"the tokenizer cannot encode the text: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise InputError(f"the tokenizer cannot encode the text: {first_line(error)}") from error

@@ -68,9 +68,11 @@ def prepare(config: AlignConfig, lake: Lake) -> Step:
     models = {"model": model_identity(config.model, "policy", lake), "reward": reward_identity(config, lake)}
     if config.s3d != "off":
         models["s3d_adapter"] = adapter_identity(config, lake)
-    check_trl(config)
-    online_config(config)  # what cannot work is said now
-    return Step("align", "models", config.name, config.model_copy(update=inputs), inputs, models)
+    step = Step("align", "models", config.name, config.model_copy(update=inputs), inputs, models)
+    if step.published(lake) is None:  # else it did work, and torch need not be imported, which takes seconds
+        check_trl(config)
+        online_config(config)  # what cannot work is said now
+    return step
 
 
 @task(name="align", persist_result=False)

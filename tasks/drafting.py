@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.model_files import S3D_FILES
 from storage.lake import Lake
 from tasks.errors import ConfigError
 from tasks.settings import GenerateConfig
@@ -34,11 +35,10 @@ def adapter_identity(config: DraftingConfig, lake: Lake) -> str:
     """What an adapter adds to a fingerprint: its version in the lake, or the hash of its files."""
     if config.s3d_adapter.startswith("models/"):
         return pin(lake, config.s3d_adapter, "models/x")
-    from runtime.decoding.s3d.files import CONFIG_NAME, WEIGHTS_NAME
     from tasks.adapt import adapter_path
 
     digest = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in S3D_FILES:
         try:
             digest.update((adapter_path(config.s3d_adapter, lake) / name).read_bytes())
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import cast
 from prefect import task
 from pydantic import JsonValue
 
+from runtime.edge.architectures import check_architecture
 from storage.lake import DatasetRef, Lake
 from storage.schema import to_table
 from storage.scratch import scratch
@@ -43,8 +44,6 @@ def check_format(config: ExportConfig, model: str, lake: Lake) -> None:
     path = Path(model_path(model, "policy", lake)) / "config.json"
     if config.format == "hf" or not path.is_file():
         return
-    from runtime.edge.network import check_architecture
-
     found = json.loads(path.read_text(encoding="utf-8"))
     check_architecture(str(found.get("model_type")), str(found.get("hidden_act", found.get("hidden_activation"))))
     if config.format in ("gguf", "powerinfer"):

@@ -40,8 +40,10 @@ def prepare(config: FinetuneConfig, lake: Lake) -> Step:
     models = {"model": model_identity(config.model, model_role(config), lake)}
     if config.lora_adapter:
         models["adapter"] = adapter_identity(config.lora_adapter, lake)
-    offline_config(config.model_copy(update={"lora_adapter": ""}), lake)  # what cannot work is said now
-    return Step("finetune", "models", config.name, config.model_copy(update=inputs), inputs, models)
+    step = Step("finetune", "models", config.name, config.model_copy(update=inputs), inputs, models)
+    if step.published(lake) is None:  # else it did work, and torch need not be imported, which takes seconds
+        offline_config(config.model_copy(update={"lora_adapter": ""}), lake)  # what cannot work is said now
+    return step
 
 
 @task(name="finetune", persist_result=False)

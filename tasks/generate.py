@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from prefect import task
 from pydantic import JsonValue
 
+from runtime.model_files import content_hash
 from runtime.records import FINISHED
 from storage.lake import DatasetRef, Lake
 from storage.writer import Shard
@@ -164,8 +165,6 @@ def open_engine(
 
 def model_label(model: str, path: str) -> str:
     """How a policy is named in the candidates table."""
-    from runtime.models import content_hash
-
     return f"{model}@{content_hash(path)[:12]}"
 
 

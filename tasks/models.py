@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from runtime.model_files import adapter_hash, content_hash
 from storage.lake import Lake
 from tasks.errors import ConfigError
 from tasks.settings import STARTER, RewardConfig
@@ -40,8 +41,6 @@ def model_identity(source: str, role: Role, lake: Lake) -> str:
     """What a model adds to a fingerprint: its version in the lake, or the hash of its files."""
     if source.startswith("models/"):
         return pin(lake, source, "models/x")
-    from runtime.models import content_hash
-
     return f"sha256:{content_hash(model_path(source, role, lake))}"
 
 
@@ -49,8 +48,6 @@ def adapter_identity(source: str, lake: Lake) -> str:
     """Likewise of an adapter to go on with."""
     if source.startswith("models/"):
         return pin(lake, source, "models/x")
-    from runtime.models import adapter_hash
-
     return f"sha256:{adapter_hash(Path(source))}"
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from runtime.alignment.config import LoraSettings
 from runtime.errors import ModelError
-from runtime.models import ADAPTER_FILE, load_policy
+from runtime.model_files import ADAPTER_FILE
+from runtime.models import load_policy
 
 REFERENCE = "reference"  # name of the frozen copy of an adapter that is trained on
 Prints = Mapping[str, tuple[float, float]]

@@ -161,12 +161,12 @@ def _activations(needs: Needs, settings: RunSettings, item: int) -> int:
     wide = max(item, 4)
     # Queries, keys and values, rotated; the norm in front of them in float32; the mask, as truth values and as numbers.
     attention = 6 * max(width, hidden) * item + 2 * hidden * wide + settings.max_tokens * (1 + item)
-    # What is added up; gate, activation, up and their product; what predictors put out.
-    feed_forward = (hidden + 4 * block + 2 * needs.rank) * item + 3 * hidden * wide + block
+    # What is added up; gate, activation, up and their product, all as they are multiplied; what predictors put out.
+    feed_forward = (hidden + 2 * needs.rank) * item + 4 * block * wide + 4 * hidden * wide + block
     # Keys and values are repeated for the heads that share them.
     repeated = 2 * settings.max_tokens * width * item
     # Scores or gates of all neurons for one token, and the logits of one, drawn from in float32.
-    decoded = needs.manifest.shape.intermediate * (2 * item + 1) + needs.vocabulary * (item + 12)
+    decoded = needs.manifest.shape.intermediate * (2 * wide + 1) + needs.vocabulary * (item + 12)
     return settings.prefill_tokens * (3 * hidden * item + max(attention, feed_forward)) + repeated + decoded
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from runtime.edge.cache import Indices
 from runtime.edge.feedforward import Layer, Layers
@@ -23,7 +22,7 @@ class Decoding:
 
     def decode(self, index: int, residual: Tensor, x: Tensor) -> Tensor:
         """(1, H) of one token: `residual` is what is predicted from, `x` its norm."""
-        layer = self.ffn.layers[index]
+        layer, x = self.ffn.layers[index], x.to(self.ffn.factor)
         wanted, gates = self.ffn.active(layer, residual, x)
         self.ffn.activity.n_active += len(wanted)
         n_group = max(self.ffn.block, layer.cache.n_slots // self.ffn.block * self.ffn.block)
@@ -110,7 +109,7 @@ class Decoding:
             self.ffn.reader.wait(self._jobs_of(jobs, wanted, start))
             places = self._places(layer, slots, start)
             if gates is None:
-                gate = linear(x, self.ffn.workspace.from_rows(self.ffn.rows, "gate", places))
+                gate = self._times(x, "gate", places)
             else:
                 gate = gates[:, self._padded(wanted, start) + layer.n_hot]
             found[start] = self._finish(x, self._closed(self.ffn.activation(gate), len(wanted) - start), places)
@@ -124,7 +123,7 @@ class Decoding:
         self.ffn.reader.wait(jobs)
         acts: list[Tensor] = []
         for start in range(0, len(wanted), self.ffn.block):
-            gate = linear(x, self.ffn.workspace.from_rows(self.ffn.rows, "gate", self._places(layer, slots, start)))
+            gate = self._times(x, "gate", self._places(layer, slots, start))
             acts.append(self._closed(self.ffn.activation(gate), len(wanted) - start))
         if not acts:
             return []
@@ -156,8 +155,11 @@ class Decoding:
         return act
 
     def _finish(self, x: Tensor, act: Tensor, places: Tensor) -> Tensor:
-        hidden = act * linear(x, self.ffn.workspace.from_rows(self.ffn.rows, "up", places))
-        return (hidden @ self.ffn.workspace.from_rows(self.ffn.rows, "down", places)).to(self.ffn.wide)
+        hidden = act * self._times(x, "up", places)
+        return self.ffn.workspace.mixed_rows(hidden, self.ffn.rows, "down", places).to(self.ffn.wide)
+
+    def _times(self, x: Tensor, name: str, places: Tensor) -> Tensor:
+        return self.ffn.workspace.times(x, self.ffn.workspace.from_rows(self.ffn.rows, name, places))
 
     def _jobs_of(self, jobs: list[Job], wanted: Indices, start: int) -> list[Job]:
         first, last = wanted[start], wanted[min(start + self.ffn.block, len(wanted)) - 1]

@@ -84,6 +84,7 @@ class Layers:
         self.reader = Reader(bundle.neurons, manifest.record, settings.read, staging_bytes(manifest), clock)
         self.rows = Rows(sum(memory.slots), manifest.record, stored)
         self.workspace = Workspace(self.block, manifest.record, stored, dtype)
+        self.factor = self.workspace.dtype
         self.layers = [self._layer(bundle, index, resident, memory.slots) for index in range(manifest.shape.n_layers)]
 
     def close(self) -> None:
@@ -91,12 +92,15 @@ class Layers:
         self.reader.close()
 
     def active(self, layer: Layer, residual: Tensor, x: Tensor) -> tuple[Indices, Tensor | None]:
-        """The cold neurons to compute, sorted; with resident gates also those of all neurons, (1, I)."""
+        """The cold neurons to compute, sorted; with resident gates also those of all neurons, (1, I).
+
+        `x`, here and below, is in the type that is multiplied in, `factor`.
+        """
         if layer.gate is None:
             return self.predicted(layer, residual), None
-        gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.dtype)
+        gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.factor)
         for rows in self.blocks(self.manifest.shape.intermediate):
-            gates[:, rows] = linear(x, self.workspace.operand(layer.gate, rows))
+            gates[:, rows] = self.workspace.times(x, layer.gate, rows)
         is_open = self.is_open(layer, self.activation(gates[:, layer.n_hot :]))
         return is_open[0].nonzero()[:, 0].numpy(), gates
 
@@ -119,9 +123,9 @@ class Layers:
         """The part of the hot neurons, (T, H)."""
         total = torch.zeros(len(x), x.shape[1], dtype=self.wide)
         for rows in self.blocks(layer.n_hot):
-            gate = linear(x, self.workspace.operand(layer.hot["gate"], rows)) if gates is None else gates[:, rows]
-            hidden = self.activation(gate) * linear(x, self.workspace.operand(layer.hot["up"], rows))
-            total += (hidden @ self.workspace.operand(layer.hot["down"], rows)).to(self.wide)
+            gate = self.workspace.times(x, layer.hot["gate"], rows) if gates is None else gates[:, rows]
+            hidden = self.activation(gate) * self.workspace.times(x, layer.hot["up"], rows)
+            total += self.workspace.mixed(hidden, layer.hot["down"], rows).to(self.wide)
         return total
 
     def blocks(self, n: int) -> Iterator[slice]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import cast, get_args
 
+from runtime.edge.architectures import Activation
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.quantise import FLOATS, TOP
-from runtime.edge.records import Activation, FfnShape, PredictorKind, WeightFormat
+from runtime.edge.records import FfnShape, PredictorKind, WeightFormat
 from runtime.errors import BundleError
 
 FORMAT = "winnow-edge"

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from runtime.edge.records import Activation, FfnShape
+from runtime.edge.architectures import Activation, check_architecture
+from runtime.edge.records import FfnShape
 from runtime.errors import ModelError
 
-# Pre-norm decoders whose layers have mlp.gate_proj, up_proj and down_proj behind post_attention_layernorm.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-_ACTIVATIONS: dict[str, Activation] = {"relu": "relu", "silu": "silu", "swish": "silu"}
 # (layer, residual before the norm (tokens, H), gate (tokens, I))
 Visit = Callable[[int, Tensor, Tensor], None]
 
@@ -45,18 +43,6 @@ def shape_of(model: PreTrainedModel) -> FfnShape:
     if any(getattr(layers[0].mlp, f"{part}_proj").bias is not None for part in ("gate", "up", "down")):
         raise ModelError("the feed-forward layers have biases (mlp_bias), which a bundle does not have")
     return FfnShape(len(layers), config.hidden_size, config.intermediate_size, activation)
-
-
-def check_architecture(model_type: str, hidden_act: str) -> Activation:
-    """The activation, by what a config says; ModelError for what cannot be exported by neuron."""
-    if model_type not in ARCHITECTURES:
-        raise ModelError(
-            f'architecture "{model_type}" cannot be exported by neuron ({", ".join(ARCHITECTURES)} can); '
-            "use format = hf"
-        )
-    if hidden_act not in _ACTIVATIONS:
-        raise ModelError(f'hidden_act = "{hidden_act}" cannot be exported by neuron (relu, silu can); use format = hf')
-    return _ACTIVATIONS[hidden_act]
 
 
 def ffn_layers(model: PreTrainedModel) -> list[FfnLayer]:

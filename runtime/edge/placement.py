@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from runtime.edge.records import LayerPlacement, LayerProfile, Profile
 from runtime.errors import ConfigError
+from runtime.hardware import factor_dtype
 
 # A contiguous block is computed about three times as fast as gathered rows: from here on, always computing is cheaper.
 HOT_FREQUENCY = 0.4
@@ -67,7 +68,7 @@ def _neighbours(active: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
 
     Shared tokens alone would tie everybody to the most frequent neurons, which the cache holds anyway.
     """
-    tokens = torch.from_numpy(active).to(torch.bfloat16)  # zeros and ones: sums are exact inside
+    tokens = torch.from_numpy(active).to(factor_dtype(torch.bfloat16))  # zeros and ones: sums are exact inside
     uses = tokens.sum(dim=0, dtype=torch.float32)
     n_most = min(N_NEIGHBOURS, len(uses))
     found: list[NDArray[np.int64]] = []

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Activation = Literal["relu", "silu"]
+from runtime.edge.architectures import Activation
+
 PredictorKind = Literal["low_rank", "mlp", "gate"]
 WeightFormat = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 

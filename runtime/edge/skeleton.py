@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from runtime.edge.architectures import ARCHITECTURES
+from runtime.edge.architectures import check_architecture as check_feed_forward
 from runtime.edge.manifest import Manifest
-from runtime.edge.network import ARCHITECTURES, shape_of
-from runtime.edge.network import check_architecture as check_feed_forward
+from runtime.edge.network import shape_of
 from runtime.edge.quantise import FLOATS
 from runtime.errors import BundleError, ModelError
 from runtime.kv.attention import check_supported

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from runtime.edge.architectures import Activation
 from runtime.edge.network import FfnLayer, activated, ffn_layers, shape_of
 from runtime.edge.predictor import scores
-from runtime.edge.records import Activation, LayerPredictor
+from runtime.edge.records import LayerPredictor
 
 
 @contextmanager

@@ -1,14 +1,16 @@
-"""Rows of neurons in memory, matrix by matrix, as they are stored; and the one place where they become operands."""
+"""Rows of neurons in memory, matrix by matrix, as they are stored; and the one place where they are multiplied."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding_bag, linear
 
 from runtime.edge.cache import Indices
 from runtime.edge.layout import RecordLayout
 from runtime.edge.quantise import FLOATS
 from runtime.edge.records import Matrix, WeightFormat
+from runtime.hardware import factor_dtype
 
 
 class Rows:
@@ -45,14 +47,18 @@ class Rows:
 
 
 class Workspace:
-    """Memory for one block of neurons as operands; whatever the rows come from, they are computed from here.
+    """Memory for one block of neurons as operands; whatever the rows come from, they are multiplied here.
 
     An operand is valid until the next one is asked for. Nothing is allocated on the way: what the allocator keeps
     after many temporaries of a block's size is outside every budget.
     """
 
     def __init__(self, block: int, record: RecordLayout, stored: torch.dtype, dtype: torch.dtype) -> None:
-        self.record, self.dtype = record, dtype
+        """`dtype` is what the model computes in, `self.dtype` what is multiplied in: see `factor_dtype`."""
+        self.record, self.dtype = record, factor_dtype(dtype)
+        # Even so, one token's products are as fast as short floats come from memory, if the right function is asked.
+        self.is_short = stored == dtype != self.dtype
+        self.stored, self.places = stored, torch.arange(block)
         value_bytes, scale_bytes = record.row
         self.into = {
             name: Matrix(
@@ -62,9 +68,9 @@ class Workspace:
             )
             for name in record.matrices
         }
-        wide, narrow, halves = _operand_parts(record.format, dtype)
+        wide, narrow, halves = _operand_parts(record.format, self.dtype)
         self.wide = torch.empty(block, record.cols if wide else 0)
-        self.narrow = torch.empty(block, record.cols if narrow else 0, dtype=dtype)
+        self.narrow = torch.empty(block, record.cols if narrow else 0, dtype=self.dtype)
         self.halves = torch.empty(block, record.cols // 2 if halves else 0, dtype=torch.uint8)
 
     def operand(self, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
@@ -85,12 +91,30 @@ class Workspace:
         wide.view(*scales.shape, -1).mul_(scales.to(torch.float32).unsqueeze(-1))
         return wide if self.dtype == torch.float32 else self.narrow[: len(values)].copy_(wide)
 
-    def from_rows(self, rows: Rows, name: str, places: Tensor) -> Tensor:
-        """The rows `places` (k, H) of a matrix, in the type that is computed in."""
-        return self.operand(rows.select(name, places, self.into[name]))
+    def times(self, x: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
+        """(T, k): x (T, H) times these rows (k, H), a block at most."""
+        if self.is_short and len(x) == 1:
+            return linear(x.to(self.stored), matrix.values[rows])
+        return linear(x, self.operand(matrix, rows))
 
-    def from_records(self, records: NDArray[np.uint8], name: str) -> Tensor:
-        """The rows (k, H) of a matrix out of whole records (k, stride)."""
+    def mixed(self, weights: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
+        """(T, H): these rows, weighted (T, k) and added up."""
+        if self.is_short and len(weights) == 1:
+            return self._bag(weights, matrix.values[rows], self.places[: weights.shape[1]])
+        return weights @ self.operand(matrix, rows)
+
+    def mixed_rows(self, weights: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
+        """(T, H): the rows `places` of a matrix, weighted (T, k) and added up."""
+        if self.is_short and len(weights) == 1:
+            return self._bag(weights, rows.values[name], places)
+        return weights @ self.operand(self.from_rows(rows, name, places))
+
+    def from_rows(self, rows: Rows, name: str, places: Tensor) -> Matrix:
+        """The rows `places` (k, H) of a matrix, as they are stored."""
+        return rows.select(name, places, self.into[name])
+
+    def from_records(self, records: NDArray[np.uint8], name: str) -> Matrix:
+        """The rows (k, H) of a matrix out of whole records (k, stride), as they are stored."""
         into, n = self.into[name], len(records)
         start = self.record.matrices.index(name) * self.record.part_bytes
         value_bytes, scale_bytes = self.record.row
@@ -98,11 +122,19 @@ class Workspace:
         values.view(torch.uint8).numpy()[:] = records[:, start : start + value_bytes]
         if scales is not None:
             scales.view(torch.uint8).numpy()[:] = records[:, start + value_bytes : start + value_bytes + scale_bytes]
-        return self.operand(Matrix(values, scales, into.format))
+        return Matrix(values, scales, into.format)
+
+    def _bag(self, weights: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """One token's sum over rows of short floats; the sum is one of float32 inside."""
+        return embedding_bag(places[None], rows, per_sample_weights=weights.to(self.stored), mode="sum")
 
 
 def workspace_bytes(block: int, record: RecordLayout, dtype: torch.dtype) -> int:
-    """What a `Workspace` takes, with the scales of a block in float32 and the rows that are on their way to slots."""
+    """What the `Workspace` of a model that computes in `dtype` takes.
+
+    With the scales of a block in float32, and the rows that are on their way to slots.
+    """
+    dtype = factor_dtype(dtype)
     wide, narrow, halves = _operand_parts(record.format, dtype)
     operand = record.cols * (4 * wide + dtype.itemsize * narrow) + record.cols // 2 * halves
     return block * (record.record_bytes + record.part_bytes + 2 * record.row[1] + operand)

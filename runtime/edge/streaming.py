@@ -12,6 +12,7 @@ from runtime.edge.budget import stream_bytes
 from runtime.edge.feedforward import Layer, Layers
 from runtime.edge.layout import ALIGN, aligned
 from runtime.edge.reader import Job, page_aligned
+from runtime.edge.records import Matrix
 
 Block = tuple[int, int, NDArray[np.uint8] | None]  # first and last cold neuron, records if not in the cache
 RECENT = 64  # tokens of a prompt whose neurons stay in memory
@@ -29,7 +30,7 @@ class Streaming:
 
         `is_sparse` leaves out the neurons that `decode` would leave out.
         """
-        layer = self.ffn.layers[index]
+        layer, x = self.ffn.layers[index], x.to(self.ffn.factor)
         code = relu(linear(residual, layer.predictor.fc1)) if is_sparse and layer.gate is None else None
         total = self.ffn.hot(layer, x, None)
         layer.catch_up()
@@ -38,13 +39,13 @@ class Streaming:
         self.ffn.tick += 1
         for start, stop, records in self._streamed(layer):
             block = start, stop, records
-            act = self.ffn.activation(linear(x, self._operand(layer, "gate", block)))
+            act = self.ffn.activation(self.ffn.workspace.times(x, *self._matrix(layer, "gate", block)))
             if code is not None:
                 act *= self.ffn.is_predicted(layer, code, slice(start, stop))
             elif is_sparse:
                 act *= self.ffn.is_open(layer, act)
-            hidden = act * linear(x, self._operand(layer, "up", block))
-            total += (hidden @ self._operand(layer, "down", block)).to(self.ffn.wide)
+            hidden = act * self.ffn.workspace.times(x, *self._matrix(layer, "up", block))
+            total += self.ffn.workspace.mixed(hidden, *self._matrix(layer, "down", block)).to(self.ffn.wide)
             if records is not None:
                 self._retain(layer, start, records, act)
         return total.to(self.ffn.dtype)
@@ -75,15 +76,15 @@ class Streaming:
         n_bytes = aligned(layer.cold_offset + stop * stride) - first
         return self.ffn.reader.read_range(first, self.buffers[turn % 2].numpy()[:n_bytes])
 
-    def _operand(self, layer: Layer, name: str, block: Block) -> Tensor:
-        """A matrix of a block of neurons, (k, H)."""
+    def _matrix(self, layer: Layer, name: str, block: Block) -> tuple[Matrix, slice]:
+        """Where a matrix of a block of neurons is, and its rows there."""
         start, stop, records = block
         if name == "gate" and layer.gate is not None:
-            return self.ffn.workspace.operand(layer.gate, slice(layer.n_hot + start, layer.n_hot + stop))
+            return layer.gate, slice(layer.n_hot + start, layer.n_hot + stop)
         if records is not None:
-            return self.ffn.workspace.from_records(records, name)
+            return self.ffn.workspace.from_records(records, name), slice(None)
         slots = layer.cache.slot_of[start:stop].astype(np.int64) + layer.first_slot
-        return self.ffn.workspace.from_rows(self.ffn.rows, name, torch.from_numpy(slots))
+        return self.ffn.workspace.from_rows(self.ffn.rows, name, torch.from_numpy(slots)), slice(None)
 
     def _retain(self, layer: Layer, start: int, records: NDArray[np.uint8], act: Tensor) -> None:
         """Keep the neurons of a block that the newest tokens used most: the answer goes on from there."""

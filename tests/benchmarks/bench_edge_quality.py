@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--silu", default="")
     parser.add_argument("--relufy", default="")
-    parser.add_argument("--stories", type=int, default=800, help="to train on, with --relufy")
+    parser.add_argument("--stories", type=int, default=2400, help="to train on, with --relufy")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of --relufy")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 10.0], help="sparsity_weight of --relufy")
     parser.add_argument("--texts", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -54,7 +56,7 @@ def main() -> None:
         thresholds(load_policy(options.silu), Path(options.texts))
         return
     if options.relufy:
-        relufy(options.relufy, Path(options.texts), options.stories)
+        relufy(options.relufy, Path(options.texts), options)
         return
     loaded = load_policy(str(path("policy")))
     fitted, held_out = own_answers(loaded, options.prompts)
@@ -142,15 +144,15 @@ def stories(loaded: LoadedModel, rows: Sequence[str]) -> tuple[list[TokenBatch],
     return batches([Text(row) for row in ids[:150]]), batches([Text(row) for row in ids[150:200]])
 
 
-def relufy(model: str, texts: Path, n_stories: int) -> None:
+def relufy(model: str, texts: Path, options: argparse.Namespace) -> None:
     """A SiLU model as it is, with ReLU untrained, and after one pass over other stories."""
-    rows = read_stories(texts, 200 + n_stories)
-    print(
-        f"{n_stories} stories, one pass\n| training | perplexity | active | predictor | recall | predicted | exported |"
-    )
+    rows = read_stories(texts, 200 + options.stories)
+    sft = replace(SFT, learning_rate=options.learning_rate)
+    print(f"{options.stories} stories, one pass, learning rate {options.learning_rate:g}")
+    print("| training | perplexity | active | predictor | recall | predicted | exported |")
     print("|---|---|---|---|---|---|---|")
     arms = {"none (SiLU)": None, "none, ReLU put in": None, "SiLU": SparsitySettings()}
-    for weight in (0.0, 1.0):
+    for weight in options.weights:
         arms[f"relufy, sparsity_weight {weight:g}"] = SparsitySettings(True, weight)
     for name, sparsity in arms.items():
         loaded = load_policy(model)
@@ -158,14 +160,14 @@ def relufy(model: str, texts: Path, n_stories: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 pairs = [pair for number, row in enumerate(rows[200:]) if (pair := _story(number, row))]
                 places = Places(Path(folder) / "model", Path(folder) / "work")
-                train_offline(loaded, PairRows(pairs), replace(SFT, sparsity=sparsity), places)
+                train_offline(loaded, PairRows(pairs), replace(sft, sparsity=sparsity), places)
         elif "ReLU" in name:
             relufied(loaded.model)
         loaded.model.eval()
         print(f"| {name} | {_exported(loaded, rows[:200])} |", flush=True)
 
 
-SFT = OfflineConfig(LossSettings("sft"), learning_rate=5e-4, batch_size=8, max_length=400, prompt_format="text")
+SFT = OfflineConfig(LossSettings("sft"), batch_size=8, max_length=400, prompt_format="text")
 
 
 def _story(number: int, text: str) -> PreferenceRow | None:

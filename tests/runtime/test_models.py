@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from runtime.errors import InputError, ModelError
+from runtime.model_files import content_hash
 from runtime.models import (
     LoadedModel,
-    content_hash,
     encode_answer,
     encode_prompt,
     load_classifier,

@@ -1,5 +1,7 @@
 """Every field of every stage determines the version of that stage and of those after it, and of no other."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,24 @@ def test_an_input_that_the_pipeline_connects_itself_is_refused(tmp_path: Path) -
     config = PipelineConfig.model_validate({"generate": {"prompts": "prompts/x"}})
     with pytest.raises(ConfigError, match='generate.prompts = "prompts/x": a pipeline connects its stages itself'):
         steps(config, Lake.open(str(tmp_path / "lake")))
+
+
+IMPORTS = """
+import sys
+from storage.lake import Lake
+from tasks import finetune
+from tasks.plan import STAGES, steps
+from tasks.settings import PipelineConfig
+
+finetune.offline_config = None  # called for what is not published alone
+finetune.Step.published = lambda step, lake: step.version
+found = steps(PipelineConfig(name="n", generate={"s3d": "auto"}), Lake(sys.argv[1]))
+assert tuple(found) == STAGES
+print({"torch", "transformers"} & set(sys.modules))
+"""
+
+
+def test_that_everything_is_in_the_lake_is_known_without_torch(tmp_path: Path) -> None:
+    """Its import takes longer than all else that a night without anything new does."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from runtime.decoding.s3d.adapter import KINDS, S3DAdapter, S3DConfig
 from runtime.errors import ModelError
+from runtime.model_files import S3D_FILES
 from runtime.models import LoadedModel
 
-CONFIG_NAME = "s3d.json"
-WEIGHTS_NAME = "s3d.safetensors"
+CONFIG_NAME, WEIGHTS_NAME = S3D_FILES
 MAX_CONFIG_BYTES = 4096
 _DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -105,6 +105,20 @@ def test_budget_threads_and_reading_never_change_a_bit(opened: Opener, name: str
     assert tight.report().hit_rate < 1
 
 
+@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
+def test_a_processor_without_bfloat16_gives_the_same_within_rounding(
+    opened: Opener, name: WeightFormat, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of processor, whichever this is: what it multiplies in, and that no budget changes a bit."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_native)
+    whole, tight = opened(name), opened(name, 0.45)
+    assert whole.ffn.workspace.dtype == (torch.bfloat16 if is_native else torch.float32)
+    assert torch.equal(_stepwise(whole), _stepwise(tight))
+    found = whole.forward(IDS, is_sparse=False)
+    torch.testing.assert_close(found, _reference(weight_format=name), rtol=0.2, atol=0.2)
+
+
 def test_the_smallest_budget_works_and_one_byte_less_says_what_is_needed(opened: Opener) -> None:
     whole = opened("float32")
     with pytest.raises(ConfigError, match=r"give (\d+) or more") as refused:

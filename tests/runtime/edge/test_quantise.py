@@ -79,8 +79,9 @@ def test_what_a_format_cannot_hold_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8", "int4"])
 def test_an_operand_is_bit_for_bit_the_weights_and_a_view_where_nothing_is_widened(
-    format: WeightFormat, dtype: torch.dtype
+    format: WeightFormat, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     matrix = quantise(torch.randn(20, 64, generator=torch.Generator().manual_seed(0)), format, 16)
     workspace = Workspace(8, RecordLayout(64, format, 16), matrix.values.dtype, dtype)
     for rows in (slice(3, 11), slice(16, 20)):
