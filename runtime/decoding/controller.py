@@ -17,12 +17,32 @@ PRIOR = (0.8, 4.0)  # acceptance that is assumed at first, and as if so many dra
 # Before anything is timed: tokens that cost as much as a pass without any, and the share of a pass that drafting costs.
 KNEE, KEPT = 32.0, 0.4
 RECENT = 9  # rounds of a size and a number of drafts, whose median counts
-ENOUGH = 3  # rounds that a time is believed from; two where it leaves no hope
+ENOUGH = 3  # rounds that a price is believed from; two where it leaves no hope
+NEXT_TO = 3  # plain rounds that a round with drafts is compared with
 TRY_AGAIN = 128  # rounds of a size after which the other way, drafts or none, is tried: times and texts change
 UNCLEAR = (0.8, 1.6)  # a gain foreseen from other sizes that is worth a trial
 BETWEEN = 15  # times between rounds whose median counts; a prefill or a reward is not one of them
 
 Size = tuple[int, int]  # of a batch: rows and slots, powers of two
+
+
+@dataclass(slots=True)
+class Timed:
+    """A round that drafted k tokens, and the plain rounds of its size next to it.
+
+    What slows a machine down for a minute slows both, and not the plain rounds of another minute.
+    """
+
+    k: int
+    seconds: float
+    before: float | None
+    after: list[float] = field(default_factory=list)
+
+    @property
+    def price(self) -> float | None:
+        """In plain rounds; None while there was none."""
+        plain = median(self.after) if self.after else self.before
+        return self.seconds / plain if plain else None
 
 
 @dataclass(slots=True)
@@ -76,7 +96,9 @@ class Controller:
         self.acceptance = Acceptance(k, known)
         self.gaps: deque[float] = deque(maxlen=BETWEEN)  # seconds between rounds
         self.is_on = True
-        self._seconds: defaultdict[tuple[Size, int], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._plain: defaultdict[Size, deque[float]] = defaultdict(lambda: deque(maxlen=NEXT_TO))
+        self._drafted: defaultdict[tuple[Size, int], deque[Timed]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self._open: defaultdict[Size, list[Timed]] = defaultdict(list)  # that more plain rounds are compared with
         self._prices: dict[tuple[Size, int], float] = {}  # of rounds that draft, in plain rounds of their size
         self._nearest: dict[tuple[Size, int], tuple[Size, int]] = {}
         self._n_since: Counter[tuple[Size, bool]] = Counter()  # rounds since such a size was decoded so
@@ -103,21 +125,34 @@ class Controller:
     def observe(self, n_rows: int, n_slots: int, k: int, seconds: float, n_rounds: int = 1) -> None:
         """What `n_rounds` of some rows took that drafted k tokens."""
         size = size_of(n_rows, n_slots)
-        gap = median(self.gaps) if self.gaps else 0.0
-        self._seconds[size, k].append((seconds + gap) / n_rounds)
+        seconds = (seconds + (median(self.gaps) if self.gaps else 0.0)) / n_rounds
         self._n_since[size, k > 0] = 0
         self._n_since[size, k == 0] += n_rounds
         if k == 0:
-            self.acceptance.fade()
-        for one in range(1, self.k + 1) if k == 0 else (k,):
-            if self._seconds.get((size, one)) and self._seconds.get((size, 0)):
-                if (size, one) not in self._prices:
-                    self._nearest.clear()
-                self._prices[size, one] = self.time(size, one) / self.time(size, 0)
+            self._observe_plain(size, seconds)
+            return
+        timed = Timed(k, seconds, median(self._plain[size]) if self._plain[size] else None)
+        self._drafted[size, k].append(timed)
+        self._open[size].append(timed)
+        self._set_price(size, k)
 
-    def time(self, size: Size, k: int) -> float:
-        """Seconds from one round to the next, for a size and a number of drafts that was seen."""
-        return median_low(self._seconds[size, k])
+    def _observe_plain(self, size: Size, seconds: float) -> None:
+        self.acceptance.fade()
+        self._plain[size].append(seconds)
+        waiting = self._open.pop(size, [])
+        for timed in waiting:
+            timed.after.append(seconds)
+        if left := [timed for timed in waiting if len(timed.after) < NEXT_TO]:
+            self._open[size] = left
+        for k in {timed.k for timed in waiting}:
+            self._set_price(size, k)
+
+    def _set_price(self, size: Size, k: int) -> None:
+        known = [price for one in self._drafted[size, k] if (price := one.price) is not None]
+        if known:
+            if (size, k) not in self._prices:
+                self._nearest.clear()
+            self._prices[size, k] = median_low(known)
 
     def price(self, size: Size, k: int) -> float:
         """Of a round that drafts k tokens, in plain rounds: as measured, or of what is most like it that was."""
@@ -135,7 +170,7 @@ class Controller:
             return best
         if self._n_since[size, False] >= TRY_AGAIN:
             return 0
-        n_drafted, n_plain = (len(self._seconds.get((size, k), ())) for k in (best, 0))
+        n_drafted, n_plain = len(self._drafted.get((size, best), ())), len(self._plain.get(size, ()))
         is_foreseen = self._prices and (size, best) not in self._prices
         if is_foreseen and not UNCLEAR[0] < gain < UNCLEAR[1]:
             return None

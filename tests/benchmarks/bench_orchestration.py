@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -79,6 +81,16 @@ def _report(server: Server, run: Mapping[str, Any]) -> None:
     for what, seconds in parts.items():
         print(f"{what:<34} {seconds:8.1f} s {seconds / whole:8.1%}")
     print(f"{'the pipeline':<34} {whole:8.1f} s")
+    imports = min(_import_seconds() for _ in range(2))
+    print(f"{'torch and transformers, imported':<34} {imports:8.1f} s {imports / whole:8.1%}  (a part of what is before)")
+    overhead = whole - in_tasks - imports
+    print(f"{'what no task and no import takes':<34} {overhead:8.1f} s {overhead / whole:8.1%}")
+
+
+def _import_seconds() -> float:
+    """Of a process that computes nothing: the stages need both, with Prefect or without."""
+    code = "import time; t = time.perf_counter(); import torch, runtime.edge.network; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:

@@ -64,8 +64,10 @@ def test_two_workers_end_with_their_run_and_the_next_run_goes_on(
         run_id = server.run("generate/default", **values)
         wait_until(lambda: 2 <= len(_shards(lake)) < N_SHARDS - 4, "some shards", 400)
         _cancel(server, run_id)
+        started = time.monotonic()
         assert server.wait(run_id, seconds=60)["state"]["type"] == "CANCELLED", server.logs(run_id)
         wait_until(lambda: is_idle(process), "the end of the run's processes", 30)
+        print(f"{runner}: cancelled, and all of it gone after {time.monotonic() - started:.1f} s")
         left = _shards(lake)
         assert len(left) < N_SHARDS
         assert Lake.open(str(lake)).manifests("candidates") == []

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -158,6 +159,22 @@ def test_time_between_rounds_favours_drafts() -> None:
     controller = Controller(2)
     controller.gaps.extend([5.0] * 9)
     assert Rows(controller, linear(1.0, 0.1, kept=0.9), 0.5).go(50, 3)[-1] == 2
+
+
+def _slower(seconds: Seconds, slowness: float, rows: int, k: int) -> float:
+    return slowness * seconds(rows, k)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_machine_that_becomes_slower_for_all_rounds_alike_changes_nothing(pays: bool) -> None:
+    """Old times of the one kind against new ones of the other would say that drafting pays, or no longer does."""
+    seconds = linear(1.0, 0.01) if pays else linear(1.0, 1.0)
+    decoded = Rows(Controller(4), seconds, 0.8)
+    decoded.go(200, 2)
+    for slowness in (1.6, 0.7, 2.0, 1.0):
+        decoded.seconds = partial(_slower, seconds, slowness)
+        chosen = decoded.go(40, 2)
+        assert sum((k > 0) != pays for k in chosen) <= 3
 
 
 def test_a_slow_moment_at_the_start_is_forgotten() -> None:
