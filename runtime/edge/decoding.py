@@ -53,15 +53,17 @@ class Decoding:
         self.ffn.reader.wait(layer.pending)
         layer.pending = []
         wanted = self.ffn.predicted(layer, residual)
-        wanted = wanted[layer.cache.slot_of[wanted] < 0]
-        if len(wanted) == 0 or len(wanted) > layer.cache.n_slots // 4:
+        n_missing = int((layer.cache.slot_of[wanted] < 0).sum())
+        if n_missing == 0 or n_missing > layer.cache.n_slots // 4 or len(wanted) > layer.cache.n_slots:
             return
         self.ffn.tick += 1
-        slots, _ = layer.cache.claim(wanted, self.ffn.tick)
-        layer.cache.is_whole[slots] = True
-        layer.pending = self._read(layer, wanted, slots, slice(0, len(self.ffn.manifest.record.matrices)))
-        layer.missing += RECENCY * len(wanted)
-        self.ffn.activity.n_prefetched += len(wanted)
+        # Those that are there are claimed, too, or they would make room for the others and be read again.
+        slots, missing = layer.cache.claim(wanted, self.ffn.tick)
+        layer.cache.is_whole[slots[missing]] = True
+        whole = slice(0, len(self.ffn.manifest.record.matrices))
+        layer.pending = self._read(layer, wanted[missing], slots[missing], whole)
+        layer.missing += RECENCY * len(missing)
+        self.ffn.activity.n_prefetched += len(missing)
 
     def _fetch(self, layer: Layer, wanted: Indices) -> tuple[Indices, list[Job]]:
         """The slots of `wanted`, and the reads that bring what is not there yet."""

@@ -82,13 +82,15 @@ def _report(server: Server, run: Mapping[str, Any]) -> None:
         print(f"{what:<34} {seconds:8.1f} s {seconds / whole:8.1%}")
     print(f"{'the pipeline':<34} {whole:8.1f} s")
     imports = min(_import_seconds() for _ in range(2))
-    print(f"{'torch and transformers, imported':<34} {imports:8.1f} s {imports / whole:8.1%}  (a part of what is before)")
+    print(
+        f"{'torch and transformers, imported':<34} {imports:8.1f} s {imports / whole:8.1%}  (a part of what is before)"
+    )
     overhead = whole - in_tasks - imports
     print(f"{'what no task and no import takes':<34} {overhead:8.1f} s {overhead / whole:8.1%}")
 
 
 def _import_seconds() -> float:
-    """Of a process that computes nothing: the stages need both, with Prefect or without."""
+    """With transformers, of a process that does nothing else: the stages need both, whoever runs them."""
     code = "import time; t = time.perf_counter(); import torch, runtime.edge.network; print(time.perf_counter() - t)"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

@@ -131,6 +131,24 @@ def test_the_smallest_budget_works_and_one_byte_less_says_what_is_needed(opened:
         EdgeModel(open_bundle(opened.folders["float32"]), least - 1, SETTINGS)
 
 
+def test_reading_ahead_evicts_nothing_that_it_expects_to_be_used(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened("float32", 0.45)
+    layer, ffn = model.ffn.layers[0], model.ffn
+    cache, n_new = layer.cache, layer.cache.n_slots // 4
+    assert n_new and cache.n_slots + n_new <= layer.n_cold
+    cache.claim(np.arange(cache.n_slots), ffn.tick)  # full; the first ones are the oldest
+    ffn.tick += 1
+    cache.claim(np.arange(n_new, cache.n_slots), ffn.tick)
+    expected = np.r_[0:n_new, cache.n_slots : cache.n_slots + n_new]
+    monkeypatch.setattr(ffn, "predicted", lambda *_: expected)
+    model.decoding._look_ahead(layer, torch.zeros(1, 1))
+    ffn.reader.wait(layer.pending)
+    assert (cache.slot_of[expected] >= 0).all()
+    assert ffn.activity.n_prefetched == n_new
+
+
 def test_a_new_order_of_neurons_changes_rounding_alone(tmp_path: Path, opened: Opener) -> None:
     rng, model = np.random.default_rng(3), gated_model()
     exact = replace(SETTINGS, dtype="float64")
