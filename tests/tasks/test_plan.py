@@ -219,7 +219,7 @@ from tasks.settings import PipelineConfig
 
 finetune.offline_config = None  # called for what is not published alone
 finetune.Step.published = lambda step, lake: step.version
-found = steps(PipelineConfig(name="n", generate={"s3d": "auto"}), Lake(sys.argv[1]))
+found = steps(PipelineConfig(name="n", generate={"s3d": "auto"}), Lake.open(sys.argv[1]))
 assert tuple(found) == STAGES
 print({"torch", "transformers"} & set(sys.modules))
 """
