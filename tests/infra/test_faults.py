@@ -196,6 +196,7 @@ def test_a_run_outlives_a_server_that_is_restarted(
     _check(lake, expected)
 
 
+@pytest.mark.long
 def test_a_run_outlives_a_database_that_is_locked_for_half_a_minute(
     lake: Path, tmp_path: Path, gate: Path, expected: dict[str, str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_run_outlives_a_database_that_is_gone_for_half_a_minute(
     )
 
 
+@pytest.mark.long
 def test_the_same_run_twice_at_once_makes_one_version(server: Server, lake: Path, expected: dict[str, str]) -> None:
     with worker(server, "left"), worker(server, "right"):
         runs = [_start(server, lake), _start(server, lake)]
