@@ -60,8 +60,7 @@ class Decoding:
         # Those that are there are claimed, too, or they would make room for the others and be read again.
         slots, missing = layer.cache.claim(wanted, self.ffn.tick)
         layer.cache.is_whole[slots[missing]] = True
-        whole = slice(0, len(self.ffn.manifest.record.matrices))
-        layer.pending = self._read(layer, wanted[missing], slots[missing], whole)
+        layer.pending = self._read(layer, wanted[missing], slots[missing], self.ffn.whole)
         layer.missing += RECENCY * len(missing)
         self.ffn.activity.n_prefetched += len(missing)
 
@@ -75,9 +74,8 @@ class Decoding:
         slots, missing = layer.cache.claim(wanted, self.ffn.tick)
         self.ffn.activity.n_missing += len(missing)
         layer.missing = (1 - RECENCY) * layer.missing + RECENCY * len(missing)
-        whole = slice(0, len(self.ffn.manifest.record.matrices))
-        part = slice(0, 1) if self._in_two_phases(layer) else whole
-        layer.cache.is_whole[slots[missing]] = part == whole
+        part = slice(0, 1) if self._in_two_phases(layer) else self.ffn.whole
+        layer.cache.is_whole[slots[missing]] = part == self.ffn.whole
         jobs = layer.pending + self._read(layer, wanted[missing], slots[missing], part)
         layer.pending = []
         return slots, jobs

@@ -85,6 +85,7 @@ class Layers:
         self.rows = Rows(sum(memory.slots), manifest.record, stored)
         self.workspace = Workspace(self.block, manifest.record, stored, dtype)
         self.factor = self.workspace.dtype
+        self.whole = slice(0, len(manifest.record.matrices))  # all matrices of a neuron
         self.layers = [self._layer(bundle, index, resident, memory.slots) for index in range(manifest.shape.n_layers)]
 
     def close(self) -> None:

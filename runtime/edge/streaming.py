@@ -97,5 +97,4 @@ class Streaming:
         chosen = np.sort(chosen[(uses[chosen] > 0) | (layer.cache.n_slots == layer.n_cold)])
         slots, missing = layer.cache.claim(start + chosen, self.ffn.tick)
         layer.cache.is_whole[slots] = True
-        whole = slice(0, len(self.ffn.manifest.record.matrices))
-        self.ffn.rows.put(slots[missing] + layer.first_slot, records, chosen[missing], whole)
+        self.ffn.rows.put(slots[missing] + layer.first_slot, records, chosen[missing], self.ffn.whole)
