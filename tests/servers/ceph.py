@@ -1,5 +1,6 @@
 """A Ceph RADOS gateway on 127.0.0.1: one monitor, one storage daemon in memory, one gateway; for tests only."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from tests.servers.processes import free_port, running, wait_for_http
 
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool", "radosgw", "radosgw-admin")
 INSTALL = "make ceph"
+ATTEMPTS = 3
 CONFIG = """
 [global]
 fsid = {fsid}
@@ -58,28 +60,52 @@ def missing() -> list[str]:
 @contextmanager
 def ceph(folder: Path) -> Iterator[str]:
     """The gateway's address; its one user has `buckets.KEYS`."""
+    with ExitStack() as stack:
+        yield _started(stack, folder)
+
+
+def _started(stack: ExitStack, folder: Path) -> str:
+    """Address of a cluster that ends with the stack.
+
+    A monitor on a machine with more to do has refused a command in the middle of this (once in some
+    hundred starts, with no reason in its answer), so a cluster that does not come up is made again.
+    """
+    for attempt in itertools.count(1):
+        with ExitStack() as daemons:
+            try:
+                address = _start(daemons, folder / str(attempt))
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                if attempt == ATTEMPTS:
+                    raise
+                print(f"made again: {error}", file=sys.stderr)
+                continue
+            stack.push(daemons.pop_all())
+            return address
+    raise AssertionError("no attempt left")
+
+
+def _start(stack: ExitStack, folder: Path) -> str:
     fsid, port, mon_port = str(uuid.uuid4()), free_port(), free_port()
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
     config = folder / "ceph.conf"
     config.write_text(CONFIG.format(fsid=fsid, port=port, mon_port=mon_port, folder=folder))
     _make_monitor(folder, config, fsid, mon_port)
-    with ExitStack() as stack:
 
-        def start(name: str, *command: str) -> subprocess.Popen[bytes]:
-            return stack.enter_context(running([*command, "-c", str(config), "-f"], folder / f"{name}.out"))
+    def start(name: str, *command: str) -> subprocess.Popen[bytes]:
+        return stack.enter_context(running([*command, "-c", str(config), "-f"], folder / f"{name}.out"))
 
-        start("mon", "ceph-mon", "-i", "a")
-        osd = str(uuid.uuid4())
-        number = _run(config, "ceph", "osd", "create", osd).strip()
-        _run(config, "ceph-osd", "-i", number, "--mkfs", "--osd-uuid", osd)
-        start("osd", "ceph-osd", "-i", number)
-        _run(config, "ceph", "osd", "crush", "add", f"osd.{number}", "1", "root=default")
-        gateway = start("rgw", "radosgw", "-n", "client.rgw")
-        wait_for_http(port, gateway, folder / "rgw.out", seconds=60)
-        keys = ("--access-key", KEYS[0], "--secret-key", KEYS[1])
-        _run(config, "radosgw-admin", "-n", "client.rgw", "user", "create", "--uid=test", "--display-name=test", *keys)
-        yield f"http://127.0.0.1:{port}"
+    start("mon", "ceph-mon", "-i", "a")
+    osd = str(uuid.uuid4())
+    number = _run(config, "ceph", "osd", "create", osd).strip()
+    _run(config, "ceph-osd", "-i", number, "--mkfs", "--osd-uuid", osd)
+    start("osd", "ceph-osd", "-i", number)
+    _run(config, "ceph", "osd", "crush", "add", f"osd.{number}", "1", "root=default")
+    gateway = start("rgw", "radosgw", "-n", "client.rgw")
+    wait_for_http(port, gateway, folder / "rgw.out", seconds=60)
+    keys = ("--access-key", KEYS[0], "--secret-key", KEYS[1])
+    _run(config, "radosgw-admin", "-n", "client.rgw", "user", "create", "--uid=test", "--display-name=test", *keys)
+    return f"http://127.0.0.1:{port}"
 
 
 def _make_monitor(folder: Path, config: Path, fsid: str, port: int) -> None:
@@ -97,7 +123,8 @@ def _run(config: Path, *command: str) -> str:
     given = [] if command[0] in ("ceph-authtool", "monmaptool") else ["-c", str(config)]
     done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        logs = "".join(f"\n{log}: {log.read_text(errors='replace')[-2000:]}" for log in config.parent.glob("*.log"))
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}{logs}")
     return done.stdout
 
 
