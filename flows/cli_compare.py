@@ -42,7 +42,7 @@ def compare(
     found = compared(load_config(config, overrides(values, name)))
     from flows.prefect_settings import prepare_prefect
 
-    prepare_prefect(verbose)
+    prepare_prefect(verbose, "compare")
     from flows.compare import compare as flow
     from tasks.comparison import overview
 

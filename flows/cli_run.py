@@ -84,7 +84,7 @@ def iterate(
     from flows.prefect_settings import prepare_prefect
 
     settings, root = load_config(config, values), Lake.open(lake).root
-    prepare_prefect(verbose)
+    prepare_prefect(verbose, "iterate")
     from flows.iterate import iterate as run_rounds
 
     with progress_bars():
@@ -209,7 +209,7 @@ def run_pipeline(config: PipelineConfig, lake: str, verbose: bool) -> tuple[dict
     """Run the pipeline flow; its references, and which of them were in the lake before."""
     from flows.prefect_settings import prepare_prefect
 
-    prepare_prefect(verbose)
+    prepare_prefect(verbose, "pipeline")
     from flows.pipeline import pipeline
     from tasks.plan import steps
 
@@ -261,7 +261,7 @@ def run_stage(stage: str, config: PipelineConfig, lake: str, as_json: bool, verb
     """Run the flow of one stage, and show what it made."""
     from flows.prefect_settings import prepare_prefect
 
-    prepare_prefect(verbose)
+    prepare_prefect(verbose, stage)
     root = Lake.open(lake).root
     with progress_bars():
         ref = _flow(stage)(_stage_config(config, stage), root, **_spread(config, stage))

@@ -12,8 +12,7 @@ from flows.score import score
 from storage.lake import DatasetRef, Lake
 from tasks.approval import wait_for_approval
 from tasks.cache import published_chain
-from tasks.export import check_format
-from tasks.plan import check_connections, export_inputs
+from tasks.plan import export_inputs, steps
 from tasks.settings import ChainConfig
 from tasks.settings_execution import PIPELINE_HERE, PipelineExecutionConfig
 
@@ -29,10 +28,9 @@ def pipeline(
         lake: the lake, a folder or s3://BUCKET/PREFIX
         execution: on how many workers; changes no result
     """
-    check_connections(config)
-    if found := published_chain(config, lake):
+    opened = Lake.open(lake)
+    if found := published_chain(config.name, steps(config, opened), opened):
         return found
-    check_format(config.export, config.finetune.model, Lake.open(lake))
     with tags("winnow-stage"):  # infra/automations/zombie-runs.yaml
         prompts = ingest(config.stage(config.ingest), lake)
         candidates = generate(config.stage(config.generate, prompts=str(prompts)), lake, execution)

@@ -3,27 +3,41 @@
 Must run before Prefect is imported; never overrides what the user has set.
 """
 
+import importlib
 import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flows.temporary_server import TemporaryServer
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
 }
+_CONFIGURING = ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "PREFECT_SERVER_EPHEMERAL_ENABLED")
+_settings = ExitStack()  # for as long as the command runs
 
 
-def prepare_prefect(verbose: bool) -> None:
-    """Set the defaults; check that a configured server answers, or start one where none is."""
+def prepare_prefect(verbose: bool, flow: str) -> None:
+    """Set the defaults; check that a configured server answers, or start one where none is; import the flow."""
     _set_defaults(verbose)
+    # Before Prefect is imported, which takes as long as a third of the server's start: its settings have the last word.
+    early = _start_server() if nothing_is_configured() else None
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
+    is_wanted = not settings.api.url and settings.server.ephemeral.enabled
+    if early is not None and not is_wanted:
+        early.kill()
     if settings.api.url:
         _check_server()
-    elif settings.server.ephemeral.enabled:
-        _start_server()
+    elif is_wanted:
+        _use_server(early or _start_server(), flow)
 
 
 def need_server() -> str:
@@ -49,17 +63,32 @@ def _set_defaults(verbose: bool) -> None:
             os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
 
 
-def _start_server() -> None:
-    """A server of this command's own; while it starts, what every run needs is imported."""
+def nothing_is_configured() -> bool:
+    """Whether no place that Prefect reads settings from can name a server."""
+    if any(os.environ.get(name) for name in _CONFIGURING):
+        return False
+    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    project = Path("pyproject.toml")
+    files = (home / "profiles.toml", Path("prefect.toml"), Path(".env"))
+    return not any(file.exists() for file in files) and not (project.exists() and b"prefect" in project.read_bytes())
+
+
+def _start_server() -> "TemporaryServer":
     from flows.temporary_server import TemporaryServer
 
-    server = TemporaryServer()
+    return TemporaryServer()
+
+
+def _use_server(server: "TemporaryServer", flow: str) -> None:
+    """While it starts, what the run needs is imported."""
     os.environ["PREFECT_API_URL"] = server.url
     from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     refresh_global_settings_context()
-    import flows.pipeline  # noqa: F401
-
+    # Nobody looks for runs that are gone on a server that goes with them, and each flow's end waits for its next beat.
+    _settings.enter_context(temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
+    importlib.import_module(f"flows.{flow}")
     server.wait()
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 from pydantic import BaseModel, ConfigDict
 
-# Not at run time: a pydantic model keeps its module, and DuckDB then complains of leaks when the process ends.
+# DuckDB not at run time: a pydantic model keeps its module, and it then complains of leaks when the process ends.
 if TYPE_CHECKING:
     import duckdb
+    from pyarrow.dataset import Dataset
 
 BINS = 20  # about
 
@@ -46,7 +46,7 @@ class _Bins:
         return [(self.first + place) / self.multiplier * self.divisor for place in range(self.count + 1)]
 
 
-def histogram(data: pa.Table | pads.Dataset, column: str) -> Histogram | None:
+def histogram(data: "pa.Table | Dataset", column: str) -> Histogram | None:
     """Of a numeric column, per value of the column `group`; None where no value is a finite number."""
     import duckdb
 

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from storage.cache import cached_folder
 from storage.errors import LakeError, RefError
@@ -16,6 +16,9 @@ from storage.schema import TABLES
 from storage.shards import decode
 from storage.stream import damaged, sha256_of
 from storage.writer import VersionWriter
+
+if TYPE_CHECKING:
+    from pyarrow.dataset import Dataset
 
 __all__ = ["KINDS", "DatasetRef", "FileEntry", "Lake", "Manifest", "VersionWriter", "fingerprint"]
 
@@ -104,7 +107,7 @@ class Lake:
         shards = [shard.select(chosen) for shard in self.iter_shards(ref, table, split)]
         return pa.concat_tables([TABLES[table].empty_table().select(chosen), *shards])
 
-    def dataset(self, ref: DatasetRef, table: str, split: str | None = None) -> pads.Dataset:
+    def dataset(self, ref: DatasetRef, table: str, split: str | None = None) -> "Dataset":
         """The shards of a table as one PyArrow dataset, to be read in pieces.
 
         LakeError for a shard that is missing or is not what the manifest lists; all of them are hashed first.
@@ -118,8 +121,10 @@ class Lake:
 
     def shards_dataset(
         self, ref: DatasetRef, table: str, files: Sequence[FileEntry], present: Collection[str] | None = None
-    ) -> pads.Dataset:
+    ) -> "Dataset":
         """The same without a look at their content; `present` are the lake's keys, where they are known already."""
+        import pyarrow.dataset as pads  # with pandas: half a second that most commands have no use for
+
         keys = [f"{ref.prefix}/{file.path}" for file in files]
         if not keys:
             return pads.dataset(TABLES[table].empty_table())

@@ -1,13 +1,13 @@
 """The lake as cache: a stage whose version is published is not run."""
 
+from collections.abc import Mapping
+
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 
 from storage.lake import DatasetRef, Lake
 from tasks.errors import ConfigError
 from tasks.logs import log_event
-from tasks.plan import steps
-from tasks.settings import ChainConfig
 from tasks.versions import Step
 
 MOST_STARTS = 5
@@ -22,12 +22,10 @@ def published(step: Step, lake_root: str) -> DatasetRef | None:
     return ref
 
 
-def published_chain(config: ChainConfig, lake_root: str) -> dict[str, DatasetRef] | None:
-    """All results of a pipeline when the lake has every one of them: nothing is left to run."""
+def published_chain(name: str, chain: Mapping[str, Step], lake: Lake) -> dict[str, DatasetRef] | None:
+    """All results of a pipeline's steps when the lake has every one of them: nothing is left to run."""
     check_starts()
-    lake = Lake.open(lake_root)
-    chain = steps(config, lake)
-    name_run(f"pipeline {config.name}@{chain['export'].version}")
+    name_run(f"pipeline {name}@{chain['export'].version}")
     found = {stage: step.published(lake) for stage, step in chain.items()}
     if any(ref is None for ref in found.values()):
         return None
