@@ -69,11 +69,11 @@ def count_shards(step: Step, lake_root: str) -> int:
 
 @task(name="generate-shard", task_run_name=shard_name, persist_result=False, **RETRIES)
 def generate_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
-    """Decode the candidates of one shard of prompts and write them; the number of candidates."""
+    """Decode the candidates of one shard of prompts and write them; the number of tokens it decoded."""
     config, lake = _config(step), Lake.open(lake_root)
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
-        return cast(int, writer.files[shard.path].rows)
+        return 0
     use_gpu(execution.leased_gpus)
     use_threads(config.threads)
     start = index * config.shard_prompts
@@ -88,7 +88,7 @@ def generate_shard(step: Step, lake_root: str, index: int, count: int, execution
     writer.write(shard, table)
     n_tokens = sum(c.n_tokens for candidates in answers for c in candidates)
     log_shard(step, shard, prompts=len(prompts), candidates=table.num_rows, tokens=n_tokens)
-    return int(table.num_rows)
+    return n_tokens
 
 
 @task(name="publish-candidates", persist_result=False, **RETRIES)

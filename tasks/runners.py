@@ -29,19 +29,24 @@ AHEAD = 3
 def run_shards(task: "ShardTask", step: Step, lake_root: str, count: int, execution: ExecutionConfig = HERE) -> None:
     """Run the task for every shard of `candidates` that the lake does not have; one task run each.
 
-    Progress is of those: how long the others took is not known here.
+    The task returns how many tokens it had to do with. Progress is of these shards: how long the others took is not
+    known here.
     """
     todo = missing_shards(step, lake_root, count)
     shown = progress(f"{step.name} shards of {step.stage}", "shards")
+
+    def on_done(n_done: int, n_tokens: int) -> None:
+        shown.count(n_tokens)
+        shown(n_done, len(todo))
+
     if execution.task_runner == "thread" and execution.workers == 1:
         for number, index in enumerate(todo, start=1):
-            task(step, lake_root, index, count, execution)
-            shown(number, len(todo))
+            on_done(number, task(step, lake_root, index, count, execution))
         return
     calls = ({"step": step, "lake_root": lake_root, "index": i, "count": count, "execution": execution} for i in todo)
     runner = open_runner(execution)
     with started(runner), gpus_asked_for(execution):
-        submit_all(runner, task, calls, AHEAD * execution.workers, lambda n: shown(n, len(todo)))
+        submit_all(runner, task, calls, AHEAD * execution.workers, on_done)
 
 
 def missing_shards(step: Step, lake_root: str, count: int) -> list[int]:
@@ -57,9 +62,12 @@ def submit_all(
     task: "Task[..., Any]",
     calls: Iterable[dict[str, Any]],
     at_once: int,
-    on_done: Callable[[int], None] = lambda n: None,
+    on_done: Callable[[int, Any], None] = lambda n_done, result: None,
 ) -> None:
-    """Have at most so many submitted, the next one as soon as any is done; raise what the first failing one raised."""
+    """Have at most so many submitted, the next one as soon as any is done; raise what the first failing one raised.
+
+    on_done: called with the number of calls that are done and what the last one returned.
+    """
     n_done = 0
     done: SimpleQueue[PrefectFuture[Any]] = SimpleQueue()
     running: set[PrefectFuture[Any]] = set()
@@ -67,10 +75,10 @@ def submit_all(
     def wait_for_one() -> None:
         future = done.get()
         running.remove(future)
-        future.result()
+        result = future.result()
         nonlocal n_done
         n_done += 1
-        on_done(n_done)
+        on_done(n_done, result)
 
     for parameters in calls:
         if len(running) >= at_once:

@@ -41,12 +41,12 @@ def count_shards(step: Step, lake_root: str) -> int:
 
 @task(name="score-shard", task_run_name=shard_name, persist_result=False, **RETRIES)
 def score_shard(step: Step, lake_root: str, index: int, count: int, execution: ExecutionConfig = HERE) -> int:
-    """Score one shard; the number of scored candidates."""
+    """Score one shard; the number of tokens of its candidates."""
     config, lake = step.config, Lake.open(lake_root)
     assert isinstance(config, ScoreConfig)
     writer, shard = step.writer(lake), Shard("candidates", "train", index, count)
     if writer.has(shard):
-        return cast(int, writer.files[shard.path].rows)
+        return 0
     use_gpu(execution.leased_gpus)
     use_threads(config.threads)
     source = lake.resolve(step.inputs["candidates"])
@@ -55,8 +55,9 @@ def score_shard(step: Step, lake_root: str, index: int, count: int, execution: E
     asked = prompts.filter(pc.is_in(prompts["prompt_id"], pc.unique(candidates["prompt_id"])))
     scored = scored_table(candidates, asked, config, lake)
     writer.write(shard, scored)
-    log_shard(step, shard, candidates=scored.num_rows)
-    return int(scored.num_rows)
+    n_tokens = int(pc.sum(scored["n_tokens"]).as_py() or 0)
+    log_shard(step, shard, candidates=scored.num_rows, tokens=n_tokens)
+    return n_tokens
 
 
 @task(name="publish-scores", persist_result=False, **RETRIES)

@@ -70,6 +70,26 @@ def test_two_workers_make_the_dataset_of_one_process(
     assert [m.label for m in Lake.open(spread).manifests()] == [m.label for m in Lake.open(alone).manifests()]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.timeout(400)
+def test_the_progress_of_a_stage_tells_its_shards_and_their_tokens(
+    prefect_server: None, workers: int, tiny_policy_dir: Path, tiny_reward_dir: Path, tmp_path: Path
+) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.generate import generate as flow
+
+    root = _with_prompts(tmp_path / "lake")
+    name = f"told-{workers}"
+    config = _config(tiny_policy_dir, tiny_reward_dir).model_copy(update={"name": name, "prompts": "prompts/spread"})
+    ref = flow(config, root, ExecutionConfig(workers=workers))
+    n_tokens = Lake.open(root).read_table(ref, "candidates")["n_tokens"].to_pylist()
+    with get_client(sync_client=True) as client:
+        texts = [a.description for a in client.read_artifacts(limit=200) if a.key == f"{name}-shards-of-generate"]
+    assert len(texts) == 1
+    assert f"4 of 4 shards; {sum(n_tokens):,} tokens, " in str(texts[0])
+
+
 @pytest.mark.parametrize("name", RUNNERS[:2])
 @pytest.mark.timeout(400)
 def test_a_shard_that_fails_fails_the_run_with_its_reason(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from storage.lake import Lake
 from tasks import generate, ingest
+from tasks.rows import candidate_shards
 from tasks.servers import a_server, open_server
 from tasks.settings import GenerateConfig, IngestConfig
 from tasks.settings_execution import ExecutionConfig
@@ -94,7 +95,9 @@ def _drawn(root: Path, urls: str, workers: int) -> dict[str, bytes]:
             threads.submit(generate.generate_shard.fn, step, str(root), index, count, execution)
             for index in range(count)
         ]
-    assert [one.result() for one in drawn] == [8] * 12
+    tables = list(candidate_shards(step.writer(Lake.open(str(root))), count))
+    assert [table.num_rows for table in tables] == [8] * 12
+    assert [one.result() for one in drawn] == [sum(table["n_tokens"].to_pylist()) for table in tables]
     return {file.name: file.read_bytes() for file in root.rglob("candidates/train-*.parquet")}
 
 
