@@ -5,10 +5,12 @@ Must run before Prefect is imported; never overrides what the user has set.
 
 import importlib
 import os
+import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks import garbage
 from tasks.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,18 +28,22 @@ _settings = ExitStack()  # for as long as the command runs
 def prepare_prefect(verbose: bool, flow: str) -> None:
     """Set the defaults; check that a configured server answers, or start one where none is; import the flow."""
     _set_defaults(verbose)
-    # Before Prefect is imported, which takes as long as a third of the server's start: its settings have the last word.
-    early = _start_server() if nothing_is_configured() else None
-    from prefect.settings import get_current_settings
+    # Before the imports, which take as long as half of its start: Prefect's settings have the last word.
+    server = _start_server() if nothing_is_configured() else None
+    with garbage.large_imports():
+        from prefect.settings import get_current_settings
 
-    settings = get_current_settings()
-    is_wanted = not settings.api.url and settings.server.ephemeral.enabled
-    if early is not None and not is_wanted:
-        early.kill()
-    if settings.api.url:
+        settings = get_current_settings()
+        if not settings.api.url and settings.server.ephemeral.enabled:
+            server = server or _start_server()
+        elif server is not None:
+            server.kill()
+            server = None
+        importlib.import_module(f"flows.{flow}")
+    if server is not None:
+        _use_server(server)
+    elif settings.api.url:
         _check_server()
-    elif is_wanted:
-        _use_server(early or _start_server(), flow)
 
 
 def need_server() -> str:
@@ -68,9 +74,14 @@ def nothing_is_configured() -> bool:
     if any(os.environ.get(name) for name in _CONFIGURING):
         return False
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    project = Path("pyproject.toml")
-    files = (home / "profiles.toml", Path("prefect.toml"), Path(".env"))
-    return not any(file.exists() for file in files) and not (project.exists() and b"prefect" in project.read_bytes())
+    if any(file.exists() for file in (home / "profiles.toml", Path("prefect.toml"), Path(".env"))):
+        return False
+    try:
+        return "prefect" not in tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8")).get("tool", {})
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _start_server() -> "TemporaryServer":
@@ -79,8 +90,7 @@ def _start_server() -> "TemporaryServer":
     return TemporaryServer()
 
 
-def _use_server(server: "TemporaryServer", flow: str) -> None:
-    """While it starts, what the run needs is imported."""
+def _use_server(server: "TemporaryServer") -> None:
     os.environ["PREFECT_API_URL"] = server.url
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
@@ -88,7 +98,6 @@ def _use_server(server: "TemporaryServer", flow: str) -> None:
     refresh_global_settings_context()
     # Nobody looks for runs that are gone on a server that goes with them, and each flow's end waits for its next beat.
     _settings.enter_context(temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}))
-    importlib.import_module(f"flows.{flow}")
     server.wait()
 
 

@@ -5,7 +5,6 @@ server looks for blocks, schedules and automations, none of which a single comma
 """
 
 import atexit
-import gc
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import urllib.error
 import urllib.request
 from typing import IO
 
+from tasks import garbage
 from tasks.errors import ConfigError
 
 START_SECONDS = 600  # one that ends is noticed at once; a machine may have other things to do
@@ -90,12 +90,10 @@ class TemporaryServer:
 
 def serve() -> None:
     """Be the server, until standard input ends: when the command stops it, or is no more."""
-    gc.disable()  # nothing of what is imported is ever garbage: a quarter of the time
-    import prefect.server.api.server  # noqa: F401
-    import uvicorn
+    with garbage.large_imports():
+        import prefect.server.api.server  # noqa: F401
+        import uvicorn
 
-    gc.freeze()
-    gc.enable()
     config = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
 

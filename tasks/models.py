@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from runtime.model_files import adapter_hash, content_hash
 from storage.lake import Lake
+from tasks import garbage
 from tasks.errors import ConfigError
 from tasks.settings import STARTER, RewardConfig
 from tasks.versions import pin
@@ -117,6 +119,9 @@ def open_reward(config: RewardConfig, lake: Lake, batch_size: int = 32) -> "Rewa
 
 def use_threads(threads: int) -> None:
     """Let torch use so many threads; more than the cores slow it down severalfold."""
+    if "torch" not in sys.modules:
+        with garbage.large_imports():
+            import runtime.models  # noqa: F401 (with transformers, which whoever asks for threads goes on to need)
     import torch
 
     torch.set_num_threads(threads)
