@@ -20,7 +20,7 @@ from tasks.errors import ConfigError
 from tasks.evaluate import truth_rule
 from tasks.launch import Heard, revived, train_together
 from tasks.logs import log_event
-from tasks.models import model_identity, model_path, open_reward, reward_identity, use_threads
+from tasks.models import import_torch, model_identity, model_path, open_reward, reward_identity, use_threads
 from tasks.pictures import show_pictures
 from tasks.rows import prompts_of, training_table
 from tasks.settings import AlignConfig
@@ -123,6 +123,7 @@ def train(step: Step, task: "Task", lake: Lake, work: Path, on_progress: "Progre
 
 def online_config(config: AlignConfig) -> "OnlineConfig":
     """The runtime's settings; ConfigError for values that cannot work, or that nothing would read."""
+    import_torch()
     from runtime.alignment.config import LoraSettings
     from runtime.alignment.groups import GroupSettings
     from runtime.alignment.online.rollout import Drawing

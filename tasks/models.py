@@ -117,11 +117,16 @@ def open_reward(config: RewardConfig, lake: Lake, batch_size: int = 32) -> "Rewa
     return ClassifierReward(classifier, config.prompt_format, batch_size)
 
 
-def use_threads(threads: int) -> None:
-    """Let torch use so many threads; more than the cores slow it down severalfold."""
+def import_torch() -> None:
+    """With what loads models, faster than whoever needs it would by itself."""
     if "torch" not in sys.modules:
         with garbage.large_imports():
-            import runtime.models  # noqa: F401 (with transformers, which whoever asks for threads goes on to need)
+            import runtime.models  # noqa: F401
+
+
+def use_threads(threads: int) -> None:
+    """Let torch use so many threads; more than the cores slow it down severalfold."""
+    import_torch()
     import torch
 
     torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ from storage.lake import Lake
 from storage.writer import VersionWriter
 from tasks.errors import ConfigError
 from tasks.logs import log_event
-from tasks.models import model_path
+from tasks.models import import_torch, model_path
 from tasks.settings import FinetuneConfig
 from tasks.settings_base import ReportTo
 from tasks.versions import Step, pin
@@ -60,6 +60,7 @@ LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_targets", "lora_adapter", "lora_
 
 def offline_config(config: FinetuneConfig, lake: Lake) -> "OfflineConfig":
     """The runtime's settings; ConfigError for values that cannot work, or that nothing would read."""
+    import_torch()
     from runtime.alignment.config import OfflineConfig
     from runtime.alignment.sparsity import SparsitySettings
 

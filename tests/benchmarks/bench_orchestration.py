@@ -90,8 +90,11 @@ def _report(server: Server, run: Mapping[str, Any]) -> None:
 
 
 def _import_seconds() -> float:
-    """With transformers, of a process that does nothing else: the stages need both, whoever runs them."""
-    code = "import time; t = time.perf_counter(); import torch, runtime.edge.network; print(time.perf_counter() - t)"
+    """With transformers, as a run imports them, of a process that does nothing else."""
+    code = (
+        "import time; from tasks.models import import_torch; t = time.perf_counter(); import_torch(); "
+        "print(time.perf_counter() - t)"
+    )
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
