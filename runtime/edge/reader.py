@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from runtime.edge.batched import Batch, Read
 from runtime.edge.cache import Indices
 from runtime.edge.layout import ALIGN, UNIT, RecordLayout, aligned
 from runtime.edge.placement import read_runs
@@ -21,6 +22,8 @@ from runtime.errors import BundleError
 
 Clock = Callable[[], float]
 PIECE = 1 << 19  # bytes of one sequential read
+SHARE = 32  # reads that are worth a thread of their own
+SHORTER = "the neuron file became shorter while it was in use; copy the bundle again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Reader:
         self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
         self.file, self.is_direct = _open(path, settings.direct)
         self.local, self.lock = threading.local(), threading.Lock()
+        self.batches: list[Batch] = []
         self.pool = ThreadPoolExecutor(settings.threads, "winnow-read", self._start)
         self.ahead = ThreadPoolExecutor(1, "winnow-ahead")  # decides what to read next
 
@@ -79,6 +83,8 @@ class Reader:
         """End the threads."""
         self.ahead.shutdown()
         self.pool.shutdown(cancel_futures=True)
+        for batch in self.batches:
+            batch.close()
         os.close(self.file)
 
     def read(self, target: Target, positions: Indices, slots: Indices) -> list[Job]:
@@ -122,7 +128,7 @@ class Reader:
 
     def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Reads [begin, end) for one thread each: about as many for all, and no more than fit its memory."""
-        n_each = -(-len(length) // self.settings.threads)
+        n_each = max(SHARE, -(-len(length) // self.settings.threads))
         shares: list[tuple[int, int]] = []
         begin, filled = 0, 0
         for index, n_bytes in enumerate(length.tolist()):
@@ -134,21 +140,42 @@ class Reader:
 
     def _start(self) -> None:
         """Page-aligned memory of this thread, and all records that could start in it."""
-        self.local.view = memoryview(_own_memory(self.staging_bytes + self.record.stride))
-        memory = np.frombuffer(self.local.view, dtype=np.uint8)
-        windows = np.lib.stride_tricks.sliding_window_view(memory, self.record.stride)
+        memory = _own_memory(self.staging_bytes + self.record.stride)
+        self.local.view = memoryview(memory)
+        self.local.batch = self._batch(memory)
+        windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(memory, dtype=np.uint8), self.record.stride)
         self.local.records = windows[::UNIT]
 
-    def _fetch(self, reads: list[tuple[int, int, int]], target: Target, units: Indices, slots: Indices) -> None:
-        self._read(reads, self.local.view)
+    def _batch(self, memory: mmap.mmap) -> Batch | None:
+        """Reads of this thread at once, where the system has that; through the page cache it would gain nothing."""
+        if not self.is_direct:
+            return None
+        try:
+            found = Batch(self.file, memory)
+        except OSError:
+            return None
+        self.batches.append(found)
+        return found
+
+    def _fetch(self, reads: list[Read], target: Target, units: Indices, slots: Indices) -> None:
+        batch: Batch | None = self.local.batch
+        if batch is None:
+            self._read(reads, self.local.view)
+        elif batch.read(reads):
+            self._count(reads)
+        else:
+            raise BundleError(SHORTER)
         target.rows.put(slots, self.local.records, units, target.part)
 
-    def _read(self, reads: list[tuple[int, int, int]], memory: memoryview) -> None:
+    def _read(self, reads: list[Read], memory: memoryview) -> None:
         for offset, at, length in reads:
             if os.preadv(self.file, [memory[at : at + length]], offset) != length:
-                raise BundleError("the neuron file became shorter while it was in use; copy the bundle again")
+                raise BundleError(SHORTER)
             if not self.is_direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.file, offset, length, os.POSIX_FADV_DONTNEED)
+        self._count(reads)
+
+    def _count(self, reads: list[Read]) -> None:
         with self.lock:
             self.counters.read_bytes += sum(length for *_, length in reads)
             self.counters.n_reads += len(reads)

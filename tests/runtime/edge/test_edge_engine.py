@@ -1,5 +1,6 @@
 """What a bundle computes: the model's own numbers, the same bits under every budget and however it is read."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.edge import batched
 from runtime.edge.budget import RunSettings, budget_of
 from runtime.edge.bundle import open_bundle
 from runtime.edge.bundle_write import write_bundle
@@ -16,7 +18,7 @@ from runtime.edge.engine import EdgeModel
 from runtime.edge.quality import as_stored
 from runtime.edge.reader import ReadSettings
 from runtime.edge.records import LayerPlacement, WeightFormat
-from runtime.errors import ConfigError, InputError, PromptTooLong
+from runtime.errors import BundleError, ConfigError, InputError, PromptTooLong
 from tests.runtime.edge.bundles import contents, written
 from tests.runtime.edge.models import gated_model
 
@@ -197,6 +199,26 @@ def test_reads_are_counted_as_the_kernel_counts_them(opened: Opener) -> None:
     before, counted = _kernel_reads(), model.report().read_bytes
     _stepwise(model)
     assert model.report().read_bytes - counted == _kernel_reads() - before > 0
+
+
+def test_without_asynchronous_reads_the_bits_are_the_same(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = opened("bfloat16", 0.45)
+    found = _stepwise(at_once)
+    monkeypatch.setattr(batched, "_CALLS", {})
+    one_by_one = opened("bfloat16", 0.45)
+    assert torch.equal(_stepwise(one_by_one), found)
+    assert one_by_one.report().n_reads == at_once.report().n_reads > 0
+    assert one_by_one.ffn.reader.batches == []
+
+
+def test_a_neuron_file_that_became_shorter_is_said(tmp_path: Path, opened: Opener) -> None:
+    opened.folders["shorter"] = written(tmp_path / "shorter")
+    model = opened("shorter", 0.4)
+    os.truncate(tmp_path / "shorter" / "neurons.bin", 0)
+    with pytest.raises(BundleError, match="became shorter while it was in use"):
+        _stepwise(model)
+    with pytest.raises(BundleError, match="open it again"):
+        _stepwise(model)
 
 
 def test_too_long_and_impossible_prompts_are_refused(opened: Opener) -> None:
