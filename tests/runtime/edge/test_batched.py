@@ -14,6 +14,13 @@ from runtime.edge.batched import MOST, Batch
 PAGE = 4096
 
 
+def _opened(file: int, memory: mmap.mmap) -> Batch:
+    try:
+        return Batch(file, memory)
+    except OSError as error:
+        pytest.skip(f"this system has no asynchronous I/O: {error}")
+
+
 @pytest.fixture
 def content(tmp_path: Path) -> bytes:
     """Of the file."""
@@ -32,10 +39,7 @@ def memory() -> mmap.mmap:
 def batch(content: bytes, memory: mmap.mmap, tmp_path: Path) -> Iterator[Batch]:
     """On the file."""
     file = os.open(tmp_path / "file", os.O_RDONLY)
-    try:
-        found = Batch(file, memory)
-    except OSError as error:
-        pytest.skip(f"this system has no asynchronous I/O: {error}")
+    found = _opened(file, memory)
     try:
         yield found
     finally:
@@ -68,10 +72,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_nothing_is_left_under_way(
     memory: mmap.mmap, tmp_path: Path, content: bytes
 ) -> None:
     file = os.open(tmp_path / "file", os.O_WRONLY)
-    try:
-        batch = Batch(file, memory)
-    except OSError as error:
-        pytest.skip(f"this system has no asynchronous I/O: {error}")
+    batch = _opened(file, memory)
     with pytest.raises(OSError, match="Bad file descriptor"):
         batch.read([(0, 0, PAGE)])
     batch.close()
