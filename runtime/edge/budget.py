@@ -25,7 +25,7 @@ SLOT_TABLES = 8 + 8 + 4 + 1  # bytes of bookkeeping per slot: free list, last us
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """How a bundle runs. Nothing here changes what is computed, but `dtype`."""
+    """How a bundle runs. Nothing here changes what is computed, but `dtype`, and `native` how it is rounded."""
 
     max_tokens: int = 1024  # prompt and answer
     prefill_tokens: int = 256  # that share one pass over the bundle
@@ -35,6 +35,7 @@ class RunSettings:
     two_phase: bool = False  # up and down only of neurons whose gate turns out to be active
     keeps: bool = True  # False: nothing cold stays in memory
     by_matrix: bool = False  # one read per matrix, as if they did not lie together
+    native: bool = True  # one token's products in compiled loops, where the extra `native` is installed
     dtype: str | None = None  # None: that of the resident weights
 
 

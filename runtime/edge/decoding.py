@@ -18,7 +18,7 @@ class Decoding:
 
     def __init__(self, ffn: Layers) -> None:
         self.ffn = ffn
-        self.pad = max(8, ffn.block // SHAPES)
+        self.pad = max(8, ffn.block // SHAPES) if ffn.kernels is None else 1
 
     def decode(self, index: int, residual: Tensor, x: Tensor) -> Tensor:
         """(1, H) of one token: `residual` is what is predicted from, `x` its norm."""
@@ -108,14 +108,19 @@ class Decoding:
             start = (ready or left)[0]
             self.ffn.reader.wait(self._jobs_of(jobs, wanted, start))
             places = self._places(layer, slots, start)
-            if gates is None:
-                gate = self._times(x, "gate", places)
-            else:
-                gate = gates[:, self._padded(wanted, start) + layer.n_hot]
-            found[start] = self._finish(x, self._closed(self.ffn.activation(gate), len(wanted) - start), places)
+            known = None if gates is None else gates[:, self._padded(wanted, start) + layer.n_hot]
+            found[start] = self._block(x, known, places, len(wanted) - start)
             left.remove(start)
         self.ffn.reader.wait(jobs)  # reads ahead that nobody wanted in the end
         return [found[start] for start in starts]
+
+    def _block(self, x: Tensor, gate: Tensor | None, places: Tensor, n_real: int) -> Tensor:
+        """(1, H): what these neurons put out; `gate` where it is resident."""
+        if self.ffn.kernels is not None:
+            act = None if gate is None else self.ffn.activation(gate)
+            return self.ffn.neurons(x, self.ffn.rows.values, places, act)
+        gate = self._times(x, "gate", places) if gate is None else gate
+        return self._finish(x, self._closed(self.ffn.activation(gate), n_real), places)
 
     def _two_phases(self, layer: Layer, x: Tensor, fetched: tuple[Indices, Indices, list[Job]]) -> list[Tensor]:
         """As `_blocks`, but rows of up and down are read only where the gate is open."""
@@ -155,11 +160,13 @@ class Decoding:
         return act
 
     def _finish(self, x: Tensor, act: Tensor, places: Tensor) -> Tensor:
+        if self.ffn.kernels is not None:
+            return self.ffn.neurons(x, self.ffn.rows.values, places, act)
         hidden = act * self._times(x, "up", places)
         return self.ffn.workspace.mixed_rows(hidden, self.ffn.rows, "down", places).to(self.ffn.wide)
 
     def _times(self, x: Tensor, name: str, places: Tensor) -> Tensor:
-        return self.ffn.workspace.times(x, self.ffn.workspace.from_rows(self.ffn.rows, name, places))
+        return self.ffn.workspace.times_rows(x, self.ffn.rows, name, places)
 
     def _jobs_of(self, jobs: list[Job], wanted: Indices, start: int) -> list[Job]:
         first, last = wanted[start], wanted[min(start + self.ffn.block, len(wanted)) - 1]

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from runtime.decoding.sampling import SamplingConfig, sample
 from runtime.edge.budget import DTYPES, Memory, RunSettings, budget_of, divide, needs
-from runtime.edge.bundle import Bundle, check_resident
+from runtime.edge.bundle import Bundle, check_resident, value_dtype
 from runtime.edge.decoding import Decoding
 from runtime.edge.feedforward import Layers
 from runtime.edge.kv import FixedKV
+from runtime.edge.native import kernels, use_kernels
 from runtime.edge.skeleton import build
 from runtime.edge.streaming import Streaming
 from runtime.errors import BundleError, ConfigError, InputError, ModelError, PromptTooLong
@@ -55,11 +56,14 @@ class EdgeModel:
         for key in [key for key in resident if not key.startswith("edge.") or key.endswith((".fc1", ".fc2"))]:
             resident[key] = resident[key].to(self.dtype)  # one by one: never all of them twice
         self.model = build(bundle.manifest, resident, self.dtype)
+        self.kernels = kernels(value_dtype(bundle.manifest), self.dtype) if self.settings.native else None
+        if self.kernels is not None:
+            use_kernels(self.model, self.kernels)
         self.needs = needs(bundle.manifest, resident, self.model.config)
         if share is not None:
             budget_bytes = budget_of(self.needs, self.settings, self.dtype, share)
         self.memory = divide(self.needs, self.settings, self.dtype, budget_bytes)
-        self.ffn = Layers(bundle, resident, self.memory, self.settings, clock)
+        self.ffn = Layers(bundle, resident, self.memory, self.settings, clock, self.kernels)
         self.decoding, self.streaming = Decoding(self.ffn), Streaming(self.ffn)
         self.kv = FixedKV(self.model.config, self.settings.max_tokens, self.dtype)
         self.ids: list[int] = []

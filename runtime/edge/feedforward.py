@@ -16,6 +16,7 @@ from runtime.edge.budget import DTYPES, Memory, RunSettings, block_of, staging_b
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import aligned
+from runtime.edge.native import Kernels
 from runtime.edge.reader import Job, Reader, page_aligned
 from runtime.edge.records import LayerPredictor, Matrix
 from runtime.edge.store import Rows, Workspace, hot_matrices
@@ -73,6 +74,7 @@ class Layers:
         memory: Memory,
         settings: RunSettings,
         clock: Callable[[], float],
+        kernels: Kernels | None = None,
     ) -> None:
         manifest = bundle.manifest
         dtype = DTYPES[settings.dtype or manifest.dtype]
@@ -83,7 +85,8 @@ class Layers:
         stored = value_dtype(manifest)
         self.reader = Reader(bundle.neurons, manifest.record, settings.read, staging_bytes(manifest), clock)
         self.rows = Rows(sum(memory.slots), manifest.record, stored)
-        self.workspace = Workspace(self.block, manifest.record, stored, dtype)
+        self.workspace = Workspace(self.block, manifest.record, stored, dtype, kernels)
+        self.kernels = kernels
         self.factor = self.workspace.dtype
         self.whole = slice(0, len(manifest.record.matrices))  # all matrices of a neuron
         self.layers = [self._layer(bundle, index, resident, memory.slots) for index in range(manifest.shape.n_layers)]
@@ -99,21 +102,28 @@ class Layers:
         """
         if layer.gate is None:
             return self.predicted(layer, residual), None
-        gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.factor)
-        for rows in self.blocks(self.manifest.shape.intermediate):
-            gates[:, rows] = self.workspace.times(x, layer.gate, rows)
+        if self.kernels is not None:
+            gates = self.kernels.times(x, layer.gate.values)
+        else:
+            gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.factor)
+            for rows in self.blocks(self.manifest.shape.intermediate):
+                gates[:, rows] = self.workspace.times(x, layer.gate, rows)
         is_open = self.is_open(layer, self.activation(gates[:, layer.n_hot :]))
         return is_open[0].nonzero()[:, 0].numpy(), gates
 
     def predicted(self, layer: Layer, residual: Tensor) -> Indices:
         """The cold neurons to compute, sorted, by the predictor."""
-        is_predicted = self.is_predicted(layer, relu(linear(residual, layer.predictor.fc1)), slice(None))
+        is_predicted = self.is_predicted(layer, self.code(layer, residual), slice(None))
         found: Indices = is_predicted[0].nonzero()[:, 0].numpy()
         return found
 
+    def code(self, layer: Layer, residual: Tensor) -> Tensor:
+        """(T, r): relu(fc1 @ residual), what the predictor goes on from."""
+        return relu(self._linear(residual, layer.predictor.fc1))
+
     def is_predicted(self, layer: Layer, code: Tensor, rows: slice) -> Tensor:
-        """(T, rows), True where a cold neuron is computed, by relu(fc1 @ residual)."""
-        return linear(code, layer.predictor.fc2[rows]) >= layer.predictor.threshold
+        """(T, rows), True where a cold neuron is computed, by its `code`."""
+        return self._linear(code, layer.predictor.fc2[rows]) >= layer.predictor.threshold
 
     def is_open(self, layer: Layer, act: Tensor) -> Tensor:
         """True where a cold neuron is computed, by its activation."""
@@ -122,12 +132,29 @@ class Layers:
 
     def hot(self, layer: Layer, x: Tensor, gates: Tensor | None) -> Tensor:
         """The part of the hot neurons, (T, H)."""
+        if self.kernels is not None and len(x) == 1:
+            act = None if gates is None else self.activation(gates[:, : layer.n_hot])
+            return self.neurons(x, {name: matrix.values for name, matrix in layer.hot.items()}, None, act)
         total = torch.zeros(len(x), x.shape[1], dtype=self.wide)
         for rows in self.blocks(layer.n_hot):
             gate = self.workspace.times(x, layer.hot["gate"], rows) if gates is None else gates[:, rows]
             hidden = self.activation(gate) * self.workspace.times(x, layer.hot["up"], rows)
             total += self.workspace.mixed(hidden, layer.hot["down"], rows).to(self.wide)
         return total
+
+    def neurons(self, x: Tensor, values: Mapping[str, Tensor], places: Tensor | None, act: Tensor | None) -> Tensor:
+        """(1, H) of one token, by the kernels: what the neurons `places` put out; `act` where that is known."""
+        assert self.kernels is not None
+        if act is None and self.activation is relu:
+            return self.kernels.relu_neurons(x, values["gate"], values["up"], values["down"], places)
+        if act is None:
+            act = self.activation(self.kernels.times(x, values["gate"], places))
+        return self.kernels.finished(x, act, values["up"], values["down"], places)
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kernels is not None and len(x) == 1:
+            return self.kernels.times(x, weight)
+        return linear(x, weight)
 
     def blocks(self, n: int) -> Iterator[slice]:
         """0 to `n` in blocks of neurons: no more than one is ever widened."""

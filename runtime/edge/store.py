@@ -8,6 +8,7 @@ from torch.nn.functional import embedding_bag, linear
 
 from runtime.edge.cache import Indices
 from runtime.edge.layout import RecordLayout
+from runtime.edge.native import Kernels
 from runtime.edge.quantise import FLOATS
 from runtime.edge.records import Matrix, WeightFormat
 from runtime.hardware import factor_dtype
@@ -53,8 +54,11 @@ class Workspace:
     after many temporaries of a block's size is outside every budget.
     """
 
-    def __init__(self, block: int, record: RecordLayout, stored: torch.dtype, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block: int, record: RecordLayout, stored: torch.dtype, dtype: torch.dtype, kernels: Kernels | None = None
+    ) -> None:
         """`dtype` is what the model computes in, `self.dtype` what is multiplied in: see `factor_dtype`."""
+        self.kernels = kernels
         self.record, self.dtype = record, factor_dtype(dtype)
         # Even so, one token's products are as fast as short floats come from memory, if the right function is asked.
         self.is_short = stored == dtype != self.dtype
@@ -93,18 +97,30 @@ class Workspace:
 
     def times(self, x: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
         """(T, k): x (T, H) times these rows (k, H), a block at most."""
+        if self.kernels is not None and len(x) == 1:
+            return self.kernels.times(x, matrix.values[rows])
         if self.is_short and len(x) == 1:
             return linear(x.to(self.stored), matrix.values[rows])
         return linear(x, self.operand(matrix, rows))
 
     def mixed(self, weights: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
         """(T, H): these rows, weighted (T, k) and added up."""
+        if self.kernels is not None and len(weights) == 1:
+            return self.kernels.mixed(weights, matrix.values[rows])
         if self.is_short and len(weights) == 1:
             return self._bag(weights, matrix.values[rows], self.places[: weights.shape[1]])
         return weights @ self.operand(matrix, rows)
 
+    def times_rows(self, x: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
+        """(T, k): x (T, H) times the rows `places` of a matrix, a block at most."""
+        if self.kernels is not None and len(x) == 1:
+            return self.kernels.times(x, rows.values[name], places)
+        return self.times(x, self.from_rows(rows, name, places))
+
     def mixed_rows(self, weights: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
         """(T, H): the rows `places` of a matrix, weighted (T, k) and added up."""
+        if self.kernels is not None and len(weights) == 1:
+            return self.kernels.mixed(weights, rows.values[name], places)
         if self.is_short and len(weights) == 1:
             return self._bag(weights, rows.values[name], places)
         return weights @ self.operand(self.from_rows(rows, name, places))

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear, relu
 
 from runtime.edge.budget import stream_bytes
 from runtime.edge.feedforward import Layer, Layers
@@ -31,7 +30,7 @@ class Streaming:
         `is_sparse` leaves out the neurons that `decode` would leave out.
         """
         layer, x = self.ffn.layers[index], x.to(self.ffn.factor)
-        code = relu(linear(residual, layer.predictor.fc1)) if is_sparse and layer.gate is None else None
+        code = self.ffn.code(layer, residual) if is_sparse and layer.gate is None else None
         total = self.ffn.hot(layer, x, None)
         layer.catch_up()
         self.ffn.reader.wait(layer.pending)
