@@ -9,10 +9,10 @@ import mmap
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 # io_setup, io_destroy, io_getevents, io_submit
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
@@ -35,7 +35,7 @@ _REQUEST = np.dtype(  # struct iocb of linux/aio_abi.h, in little-endian order
 _EVENT = np.dtype([("data", "<u8"), ("request", "<u8"), ("result", "<i8"), ("result2", "<i8")])
 MOST = 256  # requests at once
 
-Read = tuple[int, int, int]  # offset in the file, start in memory, bytes
+Reads = NDArray[np.int64]  # (n, 3): offset in the file, start in memory, bytes
 
 
 class Batch:
@@ -59,13 +59,13 @@ class Batch:
         with suppress(OSError):
             self._call(self._destroy, self._context)
 
-    def read(self, reads: Sequence[Read]) -> bool:
+    def read(self, reads: Reads) -> bool:
         """Whether all of them were read whole."""
         return all([self._read(reads[start : start + MOST]) for start in range(0, len(reads), MOST)])
 
-    def _read(self, reads: Sequence[Read]) -> bool:
+    def _read(self, reads: Reads) -> bool:
         n = len(reads)
-        offset, at, length = np.array(reads, dtype=np.int64).T
+        offset, at, length = reads.T
         requests = self._requests[:n]
         requests["offset"], requests["length"] = offset, length
         requests["memory"] = at + self._start

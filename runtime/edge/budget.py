@@ -150,8 +150,7 @@ def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict
         "operands": workspace_bytes(block, record, dtype),
         "activations": _activations(needs, settings, item),
         # Each thread copies what it read to slots, a matrix at a time.
-        "read buffers": settings.read.threads * (2 * staging_bytes(manifest) + record.stride)
-        + 2 * stream_bytes(manifest),
+        "read buffers": settings.read.threads * 2 * staging_bytes(manifest) + 2 * stream_bytes(manifest),
         "tables": 12 * shape.n_layers * shape.intermediate,  # order, frequency, slots
     }
 

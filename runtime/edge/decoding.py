@@ -118,7 +118,7 @@ class Decoding:
         """(1, H): what these neurons put out; `gate` where it is resident."""
         if self.ffn.kernels is not None:
             act = None if gate is None else self.ffn.activation(gate)
-            return self.ffn.neurons(x, self.ffn.rows.values, places, act)
+            return self.ffn.neurons(x, self.ffn.rows.matrices, places, act)
         gate = self._times(x, "gate", places) if gate is None else gate
         return self._finish(x, self._closed(self.ffn.activation(gate), n_real), places)
 
@@ -161,7 +161,7 @@ class Decoding:
 
     def _finish(self, x: Tensor, act: Tensor, places: Tensor) -> Tensor:
         if self.ffn.kernels is not None:
-            return self.ffn.neurons(x, self.ffn.rows.values, places, act)
+            return self.ffn.neurons(x, self.ffn.rows.matrices, places, act)
         hidden = act * self._times(x, "up", places)
         return self.ffn.workspace.mixed_rows(hidden, self.ffn.rows, "down", places).to(self.ffn.wide)
 

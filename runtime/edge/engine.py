@@ -9,7 +9,7 @@ from torch import Tensor
 
 from runtime.decoding.sampling import SamplingConfig, sample
 from runtime.edge.budget import DTYPES, Memory, RunSettings, budget_of, divide, needs
-from runtime.edge.bundle import Bundle, check_resident, value_dtype
+from runtime.edge.bundle import Bundle, check_resident
 from runtime.edge.decoding import Decoding
 from runtime.edge.feedforward import Layers
 from runtime.edge.kv import FixedKV
@@ -53,10 +53,12 @@ class EdgeModel:
         if name not in DTYPES:
             raise ConfigError(f"dtype {name!r} is not supported; use one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[name]
+        self.kernels = kernels(self.dtype) if self.settings.native else None
         for key in [key for key in resident if not key.startswith("edge.") or key.endswith((".fc1", ".fc2"))]:
             resident[key] = resident[key].to(self.dtype)  # one by one: never all of them twice
+            if self.kernels is not None and key.endswith(".fc2"):
+                resident[key] = resident[key].T.contiguous().T  # they take columns of it
         self.model = build(bundle.manifest, resident, self.dtype)
-        self.kernels = kernels(value_dtype(bundle.manifest), self.dtype) if self.settings.native else None
         if self.kernels is not None:
             use_kernels(self.model, self.kernels)
         self.needs = needs(bundle.manifest, resident, self.model.config)

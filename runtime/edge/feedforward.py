@@ -16,7 +16,7 @@ from runtime.edge.budget import DTYPES, Memory, RunSettings, block_of, staging_b
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import aligned
-from runtime.edge.native import Kernels
+from runtime.edge.native import Kernels, as_matrix
 from runtime.edge.reader import Job, Reader, page_aligned
 from runtime.edge.records import LayerPredictor, Matrix
 from runtime.edge.store import Rows, Workspace, hot_matrices
@@ -31,6 +31,7 @@ class Layer:
     first_slot: int
     cache: LayerCache
     predictor: LayerPredictor
+    is_mirrored: bool  # fc1 is [V; -V]
     gate: Matrix | None  # of all neurons, where it is resident
     hot: dict[str, Matrix]
     pending: list[Job] = field(default_factory=list)
@@ -84,9 +85,9 @@ class Layers:
         self.activation = relu if manifest.shape.activation == "relu" else silu
         stored = value_dtype(manifest)
         self.reader = Reader(bundle.neurons, manifest.record, settings.read, staging_bytes(manifest), clock)
-        self.rows = Rows(sum(memory.slots), manifest.record, stored)
+        self.rows = Rows(sum(memory.slots), manifest.record, stored, kernels)
         self.workspace = Workspace(self.block, manifest.record, stored, dtype, kernels)
-        self.kernels = kernels
+        self.kernels, self.places = kernels, torch.arange(max(one.n_hot for one in manifest.layers))
         self.factor = self.workspace.dtype
         self.whole = slice(0, len(manifest.record.matrices))  # all matrices of a neuron
         self.layers = [self._layer(bundle, index, resident, memory.slots) for index in range(manifest.shape.n_layers)]
@@ -103,7 +104,7 @@ class Layers:
         if layer.gate is None:
             return self.predicted(layer, residual), None
         if self.kernels is not None:
-            gates = self.kernels.times(x, layer.gate.values)
+            gates = self.kernels.times(x, layer.gate)
         else:
             gates = torch.empty(len(x), self.manifest.shape.intermediate, dtype=self.factor)
             for rows in self.blocks(self.manifest.shape.intermediate):
@@ -113,17 +114,29 @@ class Layers:
 
     def predicted(self, layer: Layer, residual: Tensor) -> Indices:
         """The cold neurons to compute, sorted, by the predictor."""
-        is_predicted = self.is_predicted(layer, self.code(layer, residual), slice(None))
-        found: Indices = is_predicted[0].nonzero()[:, 0].numpy()
+        code = self.code(layer, residual)
+        if self.kernels is None:
+            is_predicted = self.is_predicted(layer, code, slice(None))[0]
+        else:  # half of a code is zero, and as much of fc2 is not read
+            is_open = code[0].nonzero()[:, 0]
+            scores = self.kernels.mixed(code[:, is_open], as_matrix(layer.predictor.fc2.T), is_open)
+            is_predicted = scores[0] >= layer.predictor.threshold
+        found: Indices = is_predicted.nonzero()[:, 0].numpy()
         return found
 
     def code(self, layer: Layer, residual: Tensor) -> Tensor:
         """(T, r): relu(fc1 @ residual), what the predictor goes on from."""
-        return relu(self._linear(residual, layer.predictor.fc1))
+        fc1 = layer.predictor.fc1
+        if self.kernels is None or len(residual) > 1:
+            return relu(linear(residual, fc1))
+        if not layer.is_mirrored:
+            return relu(self.kernels.times(residual, as_matrix(fc1)))
+        half = self.kernels.times(residual, as_matrix(fc1[: len(fc1) // 2]))
+        return relu(torch.cat([half, -half], dim=1))
 
     def is_predicted(self, layer: Layer, code: Tensor, rows: slice) -> Tensor:
         """(T, rows), True where a cold neuron is computed, by its `code`."""
-        return self._linear(code, layer.predictor.fc2[rows]) >= layer.predictor.threshold
+        return linear(code, layer.predictor.fc2[rows]) >= layer.predictor.threshold
 
     def is_open(self, layer: Layer, act: Tensor) -> Tensor:
         """True where a cold neuron is computed, by its activation."""
@@ -134,7 +147,7 @@ class Layers:
         """The part of the hot neurons, (T, H)."""
         if self.kernels is not None and len(x) == 1:
             act = None if gates is None else self.activation(gates[:, : layer.n_hot])
-            return self.neurons(x, {name: matrix.values for name, matrix in layer.hot.items()}, None, act)
+            return self.neurons(x, layer.hot, self.places[: layer.n_hot], act)
         total = torch.zeros(len(x), x.shape[1], dtype=self.wide)
         for rows in self.blocks(layer.n_hot):
             gate = self.workspace.times(x, layer.hot["gate"], rows) if gates is None else gates[:, rows]
@@ -142,19 +155,14 @@ class Layers:
             total += self.workspace.mixed(hidden, layer.hot["down"], rows).to(self.wide)
         return total
 
-    def neurons(self, x: Tensor, values: Mapping[str, Tensor], places: Tensor | None, act: Tensor | None) -> Tensor:
+    def neurons(self, x: Tensor, rows: Mapping[str, Matrix], places: Tensor, act: Tensor | None) -> Tensor:
         """(1, H) of one token, by the kernels: what the neurons `places` put out; `act` where that is known."""
         assert self.kernels is not None
         if act is None and self.activation is relu:
-            return self.kernels.relu_neurons(x, values["gate"], values["up"], values["down"], places)
+            return self.kernels.relu_neurons(x, rows["gate"], rows["up"], rows["down"], places)
         if act is None:
-            act = self.activation(self.kernels.times(x, values["gate"], places))
-        return self.kernels.finished(x, act, values["up"], values["down"], places)
-
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.kernels is not None and len(x) == 1:
-            return self.kernels.times(x, weight)
-        return linear(x, weight)
+            act = self.activation(self.kernels.times(x, rows["gate"], places))
+        return self.kernels.finished(x, act, rows["up"], rows["down"], places)
 
     def blocks(self, n: int) -> Iterator[slice]:
         """0 to `n` in blocks of neurons: no more than one is ever widened."""
@@ -172,12 +180,15 @@ class Layers:
                 resident[f"edge.{index}.gate"], resident.get(f"edge.{index}.gate_scales"), manifest.weight_format
             )
             matrices["gate"] = gate  # its first rows
+        predictor = bundle.predictor(index, resident)
+        half = len(predictor.fc1) // 2
         return Layer(
             n_hot=found.n_hot,
             cold_offset=found.cold_offset,
             first_slot=sum(slots[:index]),
             cache=LayerCache(manifest.n_cold(index), slots[index]),
-            predictor=bundle.predictor(index, resident),
+            predictor=predictor,
+            is_mirrored=half > 0 and torch.equal(predictor.fc1[:half], -predictor.fc1[half:]),
             gate=gate,
             hot=matrices,
         )

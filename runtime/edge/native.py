@@ -1,6 +1,6 @@
 """One token's products by compiled loops, where the extra `native` is installed; torch does them where it is not."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -9,57 +9,90 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from runtime.edge.records import Matrix
 
 NAME = "winnow_edge"  # of the attention that uses them
-_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
-Numbers = NDArray[np.generic]
+_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+Numbers = NDArray[Any]
+Places = NDArray[np.int64]
 
 
 class Kernels:
-    """What one token (1, n) makes of rows that are kept in 16 or 32 bits: float32 inside, rounded as torch would not.
+    """What one token (1, n) makes of rows as they are stored: float32 inside, rounded otherwise than by torch.
 
-    `places` (k,) are the rows to take of (n, H); None takes all.
+    `places` (k,) are the rows to take of a matrix; None takes all.
     """
 
-    def __init__(self, compiled: "ModuleType") -> None:
-        self.compiled = compiled
+    def __init__(self) -> None:
+        from runtime.edge import native_kernels, native_scaled
+
+        self.plain, self.scaled = native_kernels, native_scaled
         self.numbers = np.arange(1)
 
-    def times(self, x: Tensor, rows: Tensor, places: Tensor | None = None) -> Tensor:
+    def times(self, x: Tensor, matrix: Matrix, places: Tensor | None = None) -> Tensor:
         """(1, k) float32: x (1, H) times the rows."""
-        chosen = self._chosen(rows, places)
-        out = np.empty(len(chosen), np.float32)
-        self.compiled.dots(_vector(x), _numbers(rows), chosen, out)
+        chosen, vector = self._chosen(matrix, places), _vector(x)
+        out = np.empty(chosen.size, np.float32)
+        if matrix.scales is None:
+            self.plain.dots(vector, _numbers(matrix.values), chosen, out)
+        else:
+            group = vector.size // matrix.scales.shape[1]
+            values, scales = matrix.values.numpy(), _numbers(matrix.scales)
+            if matrix.format == "int8":
+                self.scaled.int8_loops(group)[0](vector, values, scales, chosen, out)
+            else:
+                halves = vector[0::2].copy(), vector[1::2].copy()
+                self.scaled.int4_loops(group)[0](*halves, values, scales, chosen, out)
         return torch.from_numpy(out)[None]
 
-    def mixed(self, weights: Tensor, rows: Tensor, places: Tensor | None = None) -> Tensor:
+    def mixed(self, weights: Tensor, matrix: Matrix, places: Tensor | None = None) -> Tensor:
         """(1, H) float32: the rows, weighted (1, k) and added up."""
-        out = np.zeros(rows.shape[1], np.float32)
-        self.compiled.add(_vector(weights), _numbers(rows), self._chosen(rows, places), out)
-        return torch.from_numpy(out)[None]
+        chosen, vector = self._chosen(matrix, places), _vector(weights)
+        if matrix.scales is None:
+            out = np.zeros(matrix.values.shape[1], np.float32)
+            self.plain.add(vector, _numbers(matrix.values), chosen, out)
+            return torch.from_numpy(out)[None]
+        values, scales = matrix.values.numpy(), _numbers(matrix.scales)
+        if matrix.format == "int8":
+            out = np.zeros(values.shape[1], np.float32)
+            self.scaled.int8_loops(out.size // scales.shape[1])[1](vector, values, scales, chosen, out)
+            return torch.from_numpy(out)[None]
+        halves = np.zeros((2, values.shape[1]), np.float32)
+        self.scaled.int4_loops(halves.size // scales.shape[1])[1](vector, values, scales, chosen, *halves)
+        return torch.from_numpy(halves.T.reshape(1, -1))
 
-    def finished(self, x: Tensor, act: Tensor, up: Tensor, down: Tensor, places: Tensor | None = None) -> Tensor:
+    def finished(self, x: Tensor, act: Tensor, up: Matrix, down: Matrix, places: Tensor | None = None) -> Tensor:
         """(1, H) float32: what neurons of activation `act` (1, k) put out; nothing is read of those where it is 0."""
-        out = np.zeros(down.shape[1], np.float32)
         chosen = self._chosen(up, places)
-        self.compiled.finish(_vector(x), _vector(act), _numbers(up), _numbers(down), chosen, out)
+        if up.scales is not None:
+            is_open = torch.from_numpy(np.flatnonzero(_vector(act)))
+            rest = torch.from_numpy(chosen)[is_open]
+            return self.mixed(act[:, is_open] * self.times(x, up, rest), down, rest)
+        out = np.zeros(down.values.shape[1], np.float32)
+        self.plain.finish(_vector(x), _vector(act), _numbers(up.values), _numbers(down.values), chosen, out)
         return torch.from_numpy(out)[None]
 
-    def relu_neurons(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, places: Tensor | None = None) -> Tensor:
+    def relu_neurons(self, x: Tensor, gate: Matrix, up: Matrix, down: Matrix, places: Tensor | None = None) -> Tensor:
         """(1, H) float32: the same, their activation computed first."""
-        out = np.zeros(down.shape[1], np.float32)
-        chosen = self._chosen(gate, places)
-        self.compiled.relu_neurons(_vector(x), _numbers(gate), _numbers(up), _numbers(down), chosen, out)
+        if gate.scales is not None:
+            return self.finished(x, torch.relu(self.times(x, gate, places)), up, down, places)
+        out = np.zeros(down.values.shape[1], np.float32)
+        rows = [_numbers(matrix.values) for matrix in (gate, up, down)]
+        self.plain.relu_neurons(_vector(x), *rows, self._chosen(gate, places), out)
         return torch.from_numpy(out)[None]
 
-    def _chosen(self, rows: Tensor, places: Tensor | None) -> NDArray[np.int64]:
+    def copy(self, memory: NDArray[np.uint8], starts: Places, places: Places, out: NDArray[np.uint8]) -> None:
+        """out[places[i]] = the bytes of `memory` from starts[i] on."""
+        self.plain.copy(memory, starts, places, out)
+
+    def _chosen(self, matrix: Matrix, places: Tensor | None) -> Places:
         if places is not None:
-            return cast(NDArray[np.int64], places.numpy())
-        if rows.shape[0] > self.numbers.size:
-            self.numbers = np.arange(rows.shape[0])
-        return self.numbers[: rows.shape[0]]
+            return cast(Places, places.numpy())
+        n = matrix.values.shape[0]
+        numbers = self.numbers
+        if n > numbers.size:
+            numbers = self.numbers = np.arange(n)
+        return numbers[:n]
 
 
 class RowLinear(nn.Module):
@@ -68,25 +101,30 @@ class RowLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
         super().__init__()
         self.weight, self.bias, self.kernels = linear.weight, linear.bias, kernels
+        self.matrix = as_matrix(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., out) of (..., in)."""
         if x.numel() > x.shape[-1]:
             return nn.functional.linear(x, self.weight, self.bias)
-        found = self.kernels.times(x.view(1, -1), self.weight)
+        found = self.kernels.times(x.view(1, -1), self.matrix)
         found = found if self.bias is None else found + self.bias
         return found.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def kernels(stored: torch.dtype, dtype: torch.dtype) -> Kernels | None:
-    """Those for rows that are kept as `stored` and a model that computes in `dtype`, if there are any."""
-    if stored not in _VIEWS or dtype not in _VIEWS:
+def as_matrix(rows: Tensor) -> Matrix:
+    """Plain numbers as a matrix."""
+    return Matrix(rows.detach(), None, cast(Any, str(rows.dtype).removeprefix("torch.")))
+
+
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """Those for a model that computes in `dtype`, if there are any."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     try:
-        from runtime.edge import native_kernels
+        return Kernels()
     except (ImportError, RuntimeError):  # RuntimeError: nowhere to keep what is compiled
         return None
-    return Kernels(native_kernels)
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels) -> None:
@@ -118,8 +156,9 @@ def _attention(
 
 
 def _vector(x: Tensor) -> Numbers:
-    return cast(Numbers, x[0].float().numpy())
+    return cast(Numbers, x[0].float().contiguous().numpy())
 
 
 def _numbers(rows: Tensor) -> Numbers:
-    return cast(Numbers, rows.view(_VIEWS[rows.dtype]).numpy())
+    """As the loops read them: numpy has no bfloat16."""
+    return cast(Numbers, rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int64, njit, types
+from numba import float32, int64, njit, types, uint8
 from numba.extending import intrinsic
 
 FORMS = (types.uint16, types.int16, types.float32)
@@ -19,7 +19,7 @@ VECTOR, PLACES = float32[::1], int64[::1]
 
 
 @intrinsic
-def _wide(context: Any, number: Any) -> Any:
+def wide(context: Any, number: Any) -> Any:
     """float32 of a number as `rows` hold it."""
 
     def widened(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -42,10 +42,10 @@ def dots(x: Any, rows: Any, places: Any, out: Any) -> None:
         r0, r1, r2, r3 = rows[places[i]], rows[places[i1]], rows[places[i2]], rows[places[i3]]
         s0 = s1 = s2 = s3 = np.float32(0)
         for j in range(len(x)):
-            s0 += _wide(r0[j]) * x[j]
-            s1 += _wide(r1[j]) * x[j]
-            s2 += _wide(r2[j]) * x[j]
-            s3 += _wide(r3[j]) * x[j]
+            s0 += wide(r0[j]) * x[j]
+            s1 += wide(r1[j]) * x[j]
+            s2 += wide(r2[j]) * x[j]
+            s3 += wide(r3[j]) * x[j]
         out[i], out[i1], out[i2], out[i3] = s0, s1, s2, s3
 
 
@@ -61,7 +61,7 @@ def add(weights: Any, rows: Any, places: Any, out: Any) -> None:
         w2 = weights[i2] if i + 2 <= last else none
         w3 = weights[i3] if i + 3 <= last else none
         for j in range(len(out)):
-            out[j] += w0 * _wide(r0[j]) + w1 * _wide(r1[j]) + w2 * _wide(r2[j]) + w3 * _wide(r3[j])
+            out[j] += w0 * wide(r0[j]) + w1 * wide(r1[j]) + w2 * wide(r2[j]) + w3 * wide(r3[j])
 
 
 @njit([types.void(VECTOR, VECTOR, form[:, ::1], form[:, ::1], PLACES, VECTOR) for form in FORMS], **OPTIONS)
@@ -100,3 +100,12 @@ def attend(queries: Any, keys: Any, values: Any, out: Any) -> None:
             scores[i] /= total
         out[h] = 0
         add(scores, values, places, out[h])
+
+
+@njit([types.void(uint8[::1], PLACES, PLACES, uint8[:, ::1])], **OPTIONS)
+def copy(memory: Any, starts: Any, places: Any, out: Any) -> None:
+    """out[places[i]] = the bytes of `memory` from starts[i] on."""
+    for i in range(len(places)):
+        row, start = out[places[i]], starts[i]
+        for j in range(len(row)):
+            row[j] = memory[start + j]

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.edge.batched import Batch, Read
+from runtime.edge.batched import Batch, Reads
 from runtime.edge.cache import Indices
-from runtime.edge.layout import ALIGN, UNIT, RecordLayout, aligned
+from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.placement import read_runs
 from runtime.edge.store import Rows
 from runtime.errors import BundleError
@@ -98,26 +98,25 @@ class Reader:
         start = (target.offset + first * stride + low) // ALIGN * ALIGN
         length = -(-(target.offset + (first + count - 1) * stride + high) // ALIGN) * ALIGN - start
         run_of = np.repeat(np.arange(len(runs)), served)
-        # Of each neuron, the bytes from the start of its read to its first unit.
-        inside = target.offset + positions * stride + low // UNIT * UNIT - start[run_of]
+        # Of each neuron, the bytes from the start of its read to its first.
+        inside = target.offset + positions * stride + low - start[run_of]
         ends = np.cumsum(served)
         jobs: list[Job] = []
         for begin, end in self._shares(length):
             one, two = (0 if begin == 0 else int(ends[begin - 1])), int(ends[end - 1])
             at = np.cumsum(length[begin:end]) - length[begin:end]
-            units = (at[run_of[one:two] - begin] + inside[one:two]) // UNIT
-            reads = list(zip(start[begin:end].tolist(), at.tolist(), length[begin:end].tolist(), strict=True))
-            future = self.pool.submit(self._fetch, reads, target, units, slots[one:two])
+            inside[one:two] += at[run_of[one:two] - begin]
+            reads = np.stack([start[begin:end], at, length[begin:end]], axis=1)
+            future = self.pool.submit(self._fetch, reads, target, inside[one:two], slots[one:two])
             jobs.append(Job(future, int(positions[one]), int(positions[two - 1])))
         return jobs
 
     def read_range(self, offset: int, into: NDArray[np.uint8]) -> list[Job]:
         """Start reading consecutive bytes into page-aligned memory."""
         view = memoryview(into)  # type: ignore[arg-type]
-        pieces = [(start, min(PIECE, into.size - start)) for start in range(0, into.size, PIECE)]
-        return [
-            Job(self.pool.submit(self._read, [(offset + start, start, length)], view), 0, 0) for start, length in pieces
-        ]
+        starts = range(0, into.size, PIECE)
+        pieces = [np.array([[offset + start, start, min(PIECE, into.size - start)]]) for start in starts]
+        return [Job(self.pool.submit(self._read, piece, view), 0, 0) for piece in pieces]
 
     def wait(self, jobs: Sequence[Job]) -> None:
         """Until all `jobs` are done."""
@@ -129,6 +128,8 @@ class Reader:
     def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Reads [begin, end) for one thread each: about as many for all, and no more than fit its memory."""
         n_each = max(SHARE, -(-len(length) // self.settings.threads))
+        if len(length) <= n_each and length.sum() <= self.staging_bytes:
+            return [(0, len(length))]
         shares: list[tuple[int, int]] = []
         begin, filled = 0, 0
         for index, n_bytes in enumerate(length.tolist()):
@@ -139,12 +140,11 @@ class Reader:
         return [*shares, (begin, len(length))]
 
     def _start(self) -> None:
-        """Page-aligned memory of this thread, and all records that could start in it."""
-        memory = _own_memory(self.staging_bytes + self.record.stride)
+        """Page-aligned memory of this thread."""
+        memory = _own_memory(self.staging_bytes)
         self.local.view = memoryview(memory)
         self.local.batch = self._batch(memory)
-        windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(memory, dtype=np.uint8), self.record.stride)
-        self.local.records = windows[::UNIT]
+        self.local.bytes = np.frombuffer(memory, dtype=np.uint8)
 
     def _batch(self, memory: mmap.mmap) -> Batch | None:
         """Reads of this thread at once, where the system has that; through the page cache it would gain nothing."""
@@ -157,7 +157,7 @@ class Reader:
         self.batches.append(found)
         return found
 
-    def _fetch(self, reads: list[Read], target: Target, units: Indices, slots: Indices) -> None:
+    def _fetch(self, reads: Reads, target: Target, starts: Indices, slots: Indices) -> None:
         batch: Batch | None = self.local.batch
         if batch is None:
             self._read(reads, self.local.view)
@@ -165,19 +165,19 @@ class Reader:
             self._count(reads)
         else:
             raise BundleError(SHORTER)
-        target.rows.put(slots, self.local.records, units, target.part)
+        target.rows.put(slots, self.local.bytes, starts, target.part)
 
-    def _read(self, reads: list[Read], memory: memoryview) -> None:
-        for offset, at, length in reads:
+    def _read(self, reads: Reads, memory: memoryview) -> None:
+        for offset, at, length in reads.tolist():
             if os.preadv(self.file, [memory[at : at + length]], offset) != length:
                 raise BundleError(SHORTER)
             if not self.is_direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.file, offset, length, os.POSIX_FADV_DONTNEED)
         self._count(reads)
 
-    def _count(self, reads: list[Read]) -> None:
+    def _count(self, reads: Reads) -> None:
         with self.lock:
-            self.counters.read_bytes += sum(length for *_, length in reads)
+            self.counters.read_bytes += int(reads[:, 2].sum())
             self.counters.n_reads += len(reads)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
@@ -17,22 +18,26 @@ from runtime.hardware import factor_dtype
 class Rows:
     """`n` rows of every matrix of a record."""
 
-    def __init__(self, n: int, record: RecordLayout, dtype: torch.dtype) -> None:
-        self.record = record
+    def __init__(self, n: int, record: RecordLayout, dtype: torch.dtype, kernels: Kernels | None = None) -> None:
+        self.record, self.kernels = record, kernels
         value_bytes, scale_bytes = record.row
         # Zeroed: rows whose gate is closed are multiplied by zero without having been read, and must be finite.
         self.values = {name: torch.zeros(n, value_bytes // dtype.itemsize, dtype=dtype) for name in record.matrices}
         self.scales = {name: torch.zeros(n, scale_bytes // 2, dtype=torch.float16) for name in record.matrices}
+        self.matrices = {
+            name: Matrix(self.values[name], self.scales[name] if scale_bytes else None, record.format)
+            for name in record.matrices
+        }
         self._bytes = [self._views(name) for name in record.matrices]
 
-    def put(self, places: Indices, records: NDArray[np.uint8], chosen: Indices, part: slice) -> None:
-        """Copy the matrices `part` of the records `chosen` (which start with the first of them) to `places`."""
-        start = part.start * self.record.part_bytes % 64  # records start at multiples of 64, matrices need not
-        for views in self._bytes[part]:
-            for view in views:
-                if view.shape[1]:
-                    view[places] = records[:, start : start + view.shape[1]][chosen]
-                    start += view.shape[1]
+    def put(self, places: Indices, memory: NDArray[np.uint8], starts: Indices, part: slice) -> None:
+        """Copy the matrices `part` of records to `places`; they lie in `memory` from `starts` on."""
+        for view in [view for views in self._bytes[part] for view in views if view.shape[1]]:
+            if self.kernels is not None:
+                self.kernels.copy(memory, starts, places, view)
+            else:
+                view[places] = sliding_window_view(memory, view.shape[1])[starts]
+            starts = starts + view.shape[1]
 
     def select(self, name: str, places: Tensor, into: Matrix) -> Matrix:
         """The rows `places` of a matrix, copied into the first rows of `into`."""
@@ -98,7 +103,7 @@ class Workspace:
     def times(self, x: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
         """(T, k): x (T, H) times these rows (k, H), a block at most."""
         if self.kernels is not None and len(x) == 1:
-            return self.kernels.times(x, matrix.values[rows])
+            return self.kernels.times(x, _rows_of(matrix, rows))
         if self.is_short and len(x) == 1:
             return linear(x.to(self.stored), matrix.values[rows])
         return linear(x, self.operand(matrix, rows))
@@ -106,7 +111,7 @@ class Workspace:
     def mixed(self, weights: Tensor, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
         """(T, H): these rows, weighted (T, k) and added up."""
         if self.kernels is not None and len(weights) == 1:
-            return self.kernels.mixed(weights, matrix.values[rows])
+            return self.kernels.mixed(weights, _rows_of(matrix, rows))
         if self.is_short and len(weights) == 1:
             return self._bag(weights, matrix.values[rows], self.places[: weights.shape[1]])
         return weights @ self.operand(matrix, rows)
@@ -114,13 +119,13 @@ class Workspace:
     def times_rows(self, x: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
         """(T, k): x (T, H) times the rows `places` of a matrix, a block at most."""
         if self.kernels is not None and len(x) == 1:
-            return self.kernels.times(x, rows.values[name], places)
+            return self.kernels.times(x, rows.matrices[name], places)
         return self.times(x, self.from_rows(rows, name, places))
 
     def mixed_rows(self, weights: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
         """(T, H): the rows `places` of a matrix, weighted (T, k) and added up."""
         if self.kernels is not None and len(weights) == 1:
-            return self.kernels.mixed(weights, rows.values[name], places)
+            return self.kernels.mixed(weights, rows.matrices[name], places)
         if self.is_short and len(weights) == 1:
             return self._bag(weights, rows.values[name], places)
         return weights @ self.operand(self.from_rows(rows, name, places))
@@ -143,6 +148,10 @@ class Workspace:
     def _bag(self, weights: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """One token's sum over rows of short floats; the sum is one of float32 inside."""
         return embedding_bag(places[None], rows, per_sample_weights=weights.to(self.stored), mode="sum")
+
+
+def _rows_of(matrix: Matrix, rows: slice) -> Matrix:
+    return Matrix(matrix.values[rows], None if matrix.scales is None else matrix.scales[rows], matrix.format)
 
 
 def workspace_bytes(block: int, record: RecordLayout, dtype: torch.dtype) -> int:

@@ -96,4 +96,5 @@ class Streaming:
         chosen = np.sort(chosen[(uses[chosen] > 0) | (layer.cache.n_slots == layer.n_cold)])
         slots, missing = layer.cache.claim(start + chosen, self.ffn.tick)
         layer.cache.is_whole[slots] = True
-        self.ffn.rows.put(slots[missing] + layer.first_slot, records, chosen[missing], self.ffn.whole)
+        starts = chosen[missing] * self.ffn.manifest.record.stride
+        self.ffn.rows.put(slots[missing] + layer.first_slot, records.reshape(-1), starts, self.ffn.whole)

@@ -1,0 +1,83 @@
+"""As `native_kernels`, for levels of int8 and int4 with a float16 scale per group of columns (as int16).
+
+A byte of int4 has two levels, the even column's below; its vectors come as their even and their odd columns. Loops over
+a group are compiled for its size: of unknown length they would be worked off number by number.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import int8, int16, njit, types, uint8
+
+from runtime.edge.native_kernels import OPTIONS, PLACES, VECTOR, wide
+
+SCALES = int16[:, ::1]
+Loop = Callable[..., None]
+
+
+@lru_cache
+def int8_loops(group: int) -> tuple[Loop, Loop]:
+    """`dots` and `add` for groups of so many columns."""
+
+    @njit([types.void(VECTOR, int8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    def dots(x: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
+        scaled = np.empty(len(x), np.float32)
+        for i in range(len(places)):
+            row, scale = rows[places[i]], scales[places[i]]
+            for part in range(len(scale)):
+                factor, start = wide(scale[part]), part * group
+                for j in range(group):
+                    scaled[start + j] = factor * x[start + j]
+            total = np.float32(0)
+            for j in range(len(x)):
+                total += scaled[j] * np.float32(row[j])
+            out[i] = total
+
+    @njit([types.void(VECTOR, int8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    def add(weights: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
+        factors = np.empty(len(out), np.float32)
+        for i in range(len(places)):
+            row, scale = rows[places[i]], scales[places[i]]
+            for part in range(len(scale)):
+                factor, start = weights[i] * wide(scale[part]), part * group
+                for j in range(group):
+                    factors[start + j] = factor
+            for j in range(len(out)):
+                out[j] += factors[j] * np.float32(row[j])
+
+    return dots, add
+
+
+@lru_cache
+def int4_loops(group: int) -> tuple[Loop, Loop]:
+    """`dots` and `add` for groups of so many columns."""
+    half = group // 2
+
+    @njit([types.void(VECTOR, VECTOR, uint8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    def dots(even: Any, odd: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
+        for i in range(len(places)):
+            row, scale = rows[places[i]], scales[places[i]]
+            total = np.float32(0)
+            for part in range(len(scale)):
+                start, inner = part * half, np.float32(0)
+                for j in range(half):
+                    both = np.int32(row[start + j])
+                    inner += np.float32((both & 15) - 8) * even[start + j]
+                    inner += np.float32((both >> 4) - 8) * odd[start + j]
+                total += wide(scale[part]) * inner
+            out[i] = total
+
+    @njit([types.void(VECTOR, uint8[:, ::1], SCALES, PLACES, VECTOR, VECTOR)], **OPTIONS)
+    def add(weights: Any, rows: Any, scales: Any, places: Any, even: Any, odd: Any) -> None:
+        for i in range(len(places)):
+            row, scale = rows[places[i]], scales[places[i]]
+            for part in range(len(scale)):
+                start, factor = part * half, weights[i] * wide(scale[part])
+                for j in range(half):
+                    both = np.int32(row[start + j])
+                    even[start + j] += factor * np.float32((both & 15) - 8)
+                    odd[start + j] += factor * np.float32((both >> 4) - 8)
+
+    return dots, add
