@@ -9,8 +9,8 @@ from runtime.edge.feedforward import Layer, Layers
 from runtime.edge.reader import Job, Target
 
 SHAPES = 8  # sizes of blocks that occur
-RECENCY = 0.1  # weight of the newest token in a layer's average of missing neurons
-WORTH_A_LOOK = 4.0  # with fewer on average, predicting twice costs more than waiting
+RECENCY = 0.1  # weight of the newest token in an average
+RETRY = 32  # tokens after which no layer is looked ahead at once, to see what waiting costs
 
 
 class Decoding:
@@ -19,10 +19,12 @@ class Decoding:
     def __init__(self, ffn: Layers) -> None:
         self.ffn = ffn
         self.pad = max(8, ffn.block // SHAPES) if ffn.kernels is None else 1
+        self.look_s = 0.0  # what looking ahead costs, per layer
 
     def decode(self, index: int, residual: Tensor, x: Tensor) -> Tensor:
         """(1, H) of one token: `residual` is what is predicted from, `x` its norm."""
         layer, x = self.ffn.layers[index], x.to(self.ffn.factor)
+        waited_s = self.ffn.reader.counters.wait_s
         wanted, gates = self.ffn.active(layer, residual, x)
         self.ffn.activity.n_active += len(wanted)
         n_group = max(self.ffn.block, layer.cache.n_slots // self.ffn.block * self.ffn.block)
@@ -36,20 +38,24 @@ class Decoding:
                 total = self.ffn.hot(layer, x, gates)
             for part in self._blocks(layer, x, (group, slots, jobs), gates):
                 total = total + part
+        if not layer.is_ahead:
+            layer.waited_s += RECENCY * (self.ffn.reader.counters.wait_s - waited_s - layer.waited_s)
         if not self.ffn.settings.keeps:
             layer.cache.forget()
         assert total is not None
         return total.to(self.ffn.dtype)
 
     def prefetch(self, index: int, residual: Tensor) -> None:
-        """Start reading what layer `index` needs if its input is about `residual`, on a thread beside this one."""
-        layer = self.ffn.layers[index]
-        if self.ffn.settings.prefetch and layer.gate is None and layer.missing >= WORTH_A_LOOK:
-            layer.ahead = self.ffn.reader.ahead.submit(self._look_ahead, layer, residual)
+        """Start reading what layer `index` needs if its input is about `residual`."""
+        layer, started = self.ffn.layers[index], self.ffn.reader.clock()
+        # Predicting twice is worth its time where reads take longer than what is computed meanwhile.
+        is_worth_it = layer.waited_s > self.look_s and self.ffn.activity.n_tokens % RETRY != 0
+        layer.is_ahead = self.ffn.settings.prefetch and layer.gate is None and is_worth_it
+        if layer.is_ahead:
+            self._look_ahead(layer, residual)
+            self.look_s += RECENCY * (self.ffn.reader.clock() - started - self.look_s)
 
-    @torch.inference_mode()
     def _look_ahead(self, layer: Layer, residual: Tensor) -> None:
-        """Nobody else touches the layer's cache until `_fetch` has waited for this."""
         self.ffn.reader.wait(layer.pending)
         layer.pending = []
         wanted = self.ffn.predicted(layer, residual)
@@ -61,19 +67,16 @@ class Decoding:
         slots, missing = layer.cache.claim(wanted, self.ffn.tick)
         layer.cache.is_whole[slots[missing]] = True
         layer.pending = self._read(layer, wanted[missing], slots[missing], self.ffn.whole)
-        layer.missing += RECENCY * len(missing)
         self.ffn.activity.n_prefetched += len(missing)
 
     def _fetch(self, layer: Layer, wanted: Indices) -> tuple[Indices, list[Job]]:
         """The slots of `wanted`, and the reads that bring what is not there yet."""
-        layer.catch_up()
         self.ffn.tick += 1
         if layer.pending and not layer.cache.has_room(len(wanted)):
             self.ffn.reader.wait(layer.pending)  # or a slot could go to somebody else while it is being written
             layer.pending = []
         slots, missing = layer.cache.claim(wanted, self.ffn.tick)
         self.ffn.activity.n_missing += len(missing)
-        layer.missing = (1 - RECENCY) * layer.missing + RECENCY * len(missing)
         part = slice(0, 1) if self._in_two_phases(layer) else self.ffn.whole
         layer.cache.is_whole[slots[missing]] = part == self.ffn.whole
         jobs = layer.pending + self._read(layer, wanted[missing], slots[missing], part)

@@ -5,7 +5,6 @@ what happens to be in memory decides only when.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -35,19 +34,13 @@ class Layer:
     gate: Matrix | None  # of all neurons, where it is resident
     hot: dict[str, Matrix]
     pending: list[Job] = field(default_factory=list)
-    missing: float = 0.0  # per token, of late
-    ahead: "Future[None] | None" = None  # who decides what to read ahead
+    waited_s: float = 0.0  # for reads, per token, of late, where nothing was read ahead
+    is_ahead: bool = False
 
     @property
     def n_cold(self) -> int:
         """Neurons that are not hot."""
         return len(self.cache.slot_of)
-
-    def catch_up(self) -> None:
-        """Wait until what is read ahead is decided: then the cache is this thread's again."""
-        if self.ahead is not None:
-            ahead, self.ahead = self.ahead, None
-            ahead.result()
 
     def holds(self, start: int, stop: int) -> bool:
         """Whether all of these cold neurons are in memory."""

@@ -1,7 +1,8 @@
 """Products of one vector with scattered rows of short numbers, compiled by numba: read once, widened on the way.
 
 Four rows at a time, because the processor fetches several from memory at once; how a row is summed up does not depend
-on which others it is asked for with. `rows` hold bfloat16 as uint16, float16 as int16, or float32.
+on which others it is asked for with. `rows` hold bfloat16 as uint16, float16 as int16, or float32. Inner loops count
+from zero: of an index that is a sum numba asks whether it is negative, and computes number by number.
 """
 
 from typing import Any
@@ -106,6 +107,6 @@ def attend(queries: Any, keys: Any, values: Any, out: Any) -> None:
 def copy(memory: Any, starts: Any, places: Any, out: Any) -> None:
     """out[places[i]] = the bytes of `memory` from starts[i] on."""
     for i in range(len(places)):
-        row, start = out[places[i]], starts[i]
+        row, source = out[places[i]], memory[starts[i] : starts[i] + out.shape[1]]
         for j in range(len(row)):
-            row[j] = memory[start + j]
+            row[j] = source[j]

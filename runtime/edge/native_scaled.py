@@ -27,9 +27,9 @@ def int8_loops(group: int) -> tuple[Loop, Loop]:
         for i in range(len(places)):
             row, scale = rows[places[i]], scales[places[i]]
             for part in range(len(scale)):
-                factor, start = wide(scale[part]), part * group
+                factor = wide(scale[part])
                 for j in range(group):
-                    scaled[start + j] = factor * x[start + j]
+                    scaled[part * group + j] = factor * x[part * group + j]
             total = np.float32(0)
             for j in range(len(x)):
                 total += scaled[j] * np.float32(row[j])
@@ -41,9 +41,9 @@ def int8_loops(group: int) -> tuple[Loop, Loop]:
         for i in range(len(places)):
             row, scale = rows[places[i]], scales[places[i]]
             for part in range(len(scale)):
-                factor, start = weights[i] * wide(scale[part]), part * group
+                factor = weights[i] * wide(scale[part])
                 for j in range(group):
-                    factors[start + j] = factor
+                    factors[part * group + j] = factor
             for j in range(len(out)):
                 out[j] += factors[j] * np.float32(row[j])
 
@@ -61,11 +61,11 @@ def int4_loops(group: int) -> tuple[Loop, Loop]:
             row, scale = rows[places[i]], scales[places[i]]
             total = np.float32(0)
             for part in range(len(scale)):
-                start, inner = part * half, np.float32(0)
+                inner = np.float32(0)
                 for j in range(half):
-                    both = np.int32(row[start + j])
-                    inner += np.float32((both & 15) - 8) * even[start + j]
-                    inner += np.float32((both >> 4) - 8) * odd[start + j]
+                    both = np.int32(row[part * half + j])
+                    low, high = np.float32((both & 15) - 8), np.float32((both >> 4) - 8)
+                    inner += low * even[part * half + j] + high * odd[part * half + j]
                 total += wide(scale[part]) * inner
             out[i] = total
 
@@ -74,10 +74,10 @@ def int4_loops(group: int) -> tuple[Loop, Loop]:
         for i in range(len(places)):
             row, scale = rows[places[i]], scales[places[i]]
             for part in range(len(scale)):
-                start, factor = part * half, weights[i] * wide(scale[part])
+                factor = weights[i] * wide(scale[part])
                 for j in range(half):
-                    both = np.int32(row[start + j])
-                    even[start + j] += factor * np.float32((both & 15) - 8)
-                    odd[start + j] += factor * np.float32((both >> 4) - 8)
+                    both = np.int32(row[part * half + j])
+                    even[part * half + j] += factor * np.float32((both & 15) - 8)
+                    odd[part * half + j] += factor * np.float32((both >> 4) - 8)
 
     return dots, add

@@ -1,19 +1,20 @@
-"""Neurons from disk into memory: merged, aligned reads past the page cache, by a few threads."""
+"""Neurons from disk into memory: merged, aligned reads past the page cache, by the kernel or by a few threads."""
 
 import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from runtime.edge.batched import Batch, Reads
+from runtime.edge.batched import Batch, Flight, Reads
 from runtime.edge.cache import Indices
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
 from runtime.edge.placement import read_runs
@@ -22,7 +23,7 @@ from runtime.errors import BundleError
 
 Clock = Callable[[], float]
 PIECE = 1 << 19  # bytes of one sequential read
-SHARE = 32  # reads that are worth a thread of their own
+SHARE = 32  # reads that are started together, or by a thread of their own
 SHORTER = "the neuron file became shorter while it was in use; copy the bundle again"
 
 
@@ -44,11 +45,23 @@ class Counters:
     wait_s: float = 0.0
 
 
+class Arrival(Protocol):
+    """A `Future`, or what is like one."""
+
+    def done(self) -> bool:
+        """Whether `result` would come at once."""
+        ...
+
+    def result(self) -> object:
+        """Wait for it; raises what went wrong."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A read that some thread does; it brings the neurons first..last of those asked for."""
+    """Reads that are under way; they bring the neurons first..last of those asked for."""
 
-    future: "Future[None]"
+    future: Arrival
     first: int
     last: int
 
@@ -60,6 +73,55 @@ class Target:
     offset: int
     rows: Rows
     part: slice  # of the matrices of a record
+
+
+@dataclass(slots=True)
+class Landing:
+    """Reads that the kernel does; whoever waits for them copies what they brought to its slots."""
+
+    flight: Flight
+    memory: NDArray[np.uint8]
+    starts: Indices  # in it, of each neuron
+    target: Target
+    slots: Indices
+    is_over: bool = False
+
+    def done(self) -> bool:
+        """Whether all reads have ended."""
+        return self.is_over or self.flight.done()
+
+    def result(self) -> None:
+        """Wait for the reads, and copy."""
+        if self.is_over:
+            return
+        if not self.flight.wait():
+            raise BundleError(SHORTER)
+        self.target.rows.put(self.slots, self.memory, self.starts, self.target.part)
+        self.is_over = True
+
+
+@dataclass(slots=True)
+class Runway:
+    """Memory that the kernel reads into, filled from its start until nobody is on it any more."""
+
+    batch: Batch
+    memory: NDArray[np.uint8]
+    filled: int = 0
+    landings: list[Landing] = field(default_factory=list)
+
+    def start(self, reads: Reads, starts: Indices, target: Target, slots: Indices) -> Landing:
+        """Reads into the next free bytes; those before them are waited for where there are too few."""
+        n_bytes = int(reads[:, 2].sum())
+        if self.filled + n_bytes > self.memory.size:
+            for landing in self.landings:
+                landing.result()
+        if all(landing.is_over for landing in self.landings):
+            self.landings, self.filled = [], 0
+        reads[:, 1] += self.filled
+        found = Landing(self.batch.start(reads), self.memory, starts + self.filled, target, slots)
+        self.filled += n_bytes
+        self.landings.append(found)
+        return found
 
 
 class Reader:
@@ -75,16 +137,14 @@ class Reader:
         self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
         self.file, self.is_direct = _open(path, settings.direct)
         self.local, self.lock = threading.local(), threading.Lock()
-        self.batches: list[Batch] = []
+        self.runway = self._runway()
         self.pool = ThreadPoolExecutor(settings.threads, "winnow-read", self._start)
-        self.ahead = ThreadPoolExecutor(1, "winnow-ahead")  # decides what to read next
 
     def close(self) -> None:
-        """End the threads."""
-        self.ahead.shutdown()
+        """Wait for what is under way, and end the threads."""
         self.pool.shutdown(cancel_futures=True)
-        for batch in self.batches:
-            batch.close()
+        if self.runway is not None:
+            self.runway.batch.close()
         os.close(self.file)
 
     def read(self, target: Target, positions: Indices, slots: Indices) -> list[Job]:
@@ -107,7 +167,7 @@ class Reader:
             at = np.cumsum(length[begin:end]) - length[begin:end]
             inside[one:two] += at[run_of[one:two] - begin]
             reads = np.stack([start[begin:end], at, length[begin:end]], axis=1)
-            future = self.pool.submit(self._fetch, reads, target, inside[one:two], slots[one:two])
+            future = self._begin(reads, inside[one:two], target, slots[one:two])
             jobs.append(Job(future, int(positions[one]), int(positions[two - 1])))
         return jobs
 
@@ -126,8 +186,8 @@ class Reader:
         self.counters.wait_s += self.clock() - started
 
     def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Reads [begin, end) for one thread each: about as many for all, and no more than fit its memory."""
-        n_each = max(SHARE, -(-len(length) // self.settings.threads))
+        """Reads [begin, end) that are done together, and fit the memory of a thread."""
+        n_each = SHARE if self.runway is not None else max(SHARE, -(-len(length) // self.settings.threads))
         if len(length) <= n_each and length.sum() <= self.staging_bytes:
             return [(0, len(length))]
         shares: list[tuple[int, int]] = []
@@ -140,31 +200,29 @@ class Reader:
         return [*shares, (begin, len(length))]
 
     def _start(self) -> None:
-        """Page-aligned memory of this thread."""
-        memory = _own_memory(self.staging_bytes)
-        self.local.view = memoryview(memory)
-        self.local.batch = self._batch(memory)
-        self.local.bytes = np.frombuffer(memory, dtype=np.uint8)
+        """Page-aligned memory of this thread, where it reads neurons."""
+        if self.runway is None:
+            memory = _own_memory(self.staging_bytes)
+            self.local.view, self.local.bytes = memoryview(memory), np.frombuffer(memory, dtype=np.uint8)
 
-    def _batch(self, memory: mmap.mmap) -> Batch | None:
-        """Reads of this thread at once, where the system has that; through the page cache it would gain nothing."""
+    def _runway(self) -> Runway | None:
+        """Where the system can read while we go on; through the page cache it would not go on."""
         if not self.is_direct:
             return None
+        memory = _own_memory(self.settings.threads * self.staging_bytes)
         try:
-            found = Batch(self.file, memory)
+            return Runway(Batch(self.file, memory), np.frombuffer(memory, dtype=np.uint8))
         except OSError:
             return None
-        self.batches.append(found)
-        return found
 
-    def _fetch(self, reads: Reads, target: Target, starts: Indices, slots: Indices) -> None:
-        batch: Batch | None = self.local.batch
-        if batch is None:
-            self._read(reads, self.local.view)
-        elif batch.read(reads):
-            self._count(reads)
-        else:
-            raise BundleError(SHORTER)
+    def _begin(self, reads: Reads, starts: Indices, target: Target, slots: Indices) -> Arrival:
+        if self.runway is None:
+            return self.pool.submit(self._fetch, reads, starts, target, slots)
+        self._count(reads)
+        return self.runway.start(reads, starts, target, slots)
+
+    def _fetch(self, reads: Reads, starts: Indices, target: Target, slots: Indices) -> None:
+        self._read(reads, self.local.view)
         target.rows.put(slots, self.local.bytes, starts, target.part)
 
     def _read(self, reads: Reads, memory: memoryview) -> None:

@@ -32,7 +32,6 @@ class Streaming:
         layer, x = self.ffn.layers[index], x.to(self.ffn.factor)
         code = self.ffn.code(layer, residual) if is_sparse and layer.gate is None else None
         total = self.ffn.hot(layer, x, None)
-        layer.catch_up()
         self.ffn.reader.wait(layer.pending)
         layer.pending = []
         self.ffn.tick += 1
