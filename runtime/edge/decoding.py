@@ -107,7 +107,7 @@ class Decoding:
         found: dict[int, Tensor] = {}
         left = list(starts)
         while left:
-            ready = [start for start in left if all(job.future.done() for job in self._jobs_of(jobs, wanted, start))]
+            ready = [start for start in left if all(job.arrival.done() for job in self._jobs_of(jobs, wanted, start))]
             start = (ready or left)[0]
             self.ffn.reader.wait(self._jobs_of(jobs, wanted, start))
             places = self._places(layer, slots, start)

@@ -15,7 +15,7 @@ from runtime.edge.budget import DTYPES, Memory, RunSettings, block_of, staging_b
 from runtime.edge.bundle import Bundle, value_dtype
 from runtime.edge.cache import Indices, LayerCache
 from runtime.edge.layout import aligned
-from runtime.edge.native import Kernels, as_matrix
+from runtime.edge.native import Kernels
 from runtime.edge.reader import Job, Reader, page_aligned
 from runtime.edge.records import LayerPredictor, Matrix
 from runtime.edge.store import Rows, Workspace, hot_matrices
@@ -107,25 +107,15 @@ class Layers:
 
     def predicted(self, layer: Layer, residual: Tensor) -> Indices:
         """The cold neurons to compute, sorted, by the predictor."""
-        code = self.code(layer, residual)
-        if self.kernels is None:
-            is_predicted = self.is_predicted(layer, code, slice(None))[0]
-        else:  # half of a code is zero, and as much of fc2 is not read
-            is_open = code[0].nonzero()[:, 0]
-            scores = self.kernels.mixed(code[:, is_open], as_matrix(layer.predictor.fc2.T), is_open)
-            is_predicted = scores[0] >= layer.predictor.threshold
-        found: Indices = is_predicted.nonzero()[:, 0].numpy()
+        if self.kernels is not None:
+            return self.kernels.predicted(residual, layer.predictor, layer.is_mirrored)
+        is_predicted = self.is_predicted(layer, self.code(layer, residual), slice(None))
+        found: Indices = is_predicted[0].nonzero()[:, 0].numpy()
         return found
 
     def code(self, layer: Layer, residual: Tensor) -> Tensor:
         """(T, r): relu(fc1 @ residual), what the predictor goes on from."""
-        fc1 = layer.predictor.fc1
-        if self.kernels is None or len(residual) > 1:
-            return relu(linear(residual, fc1))
-        if not layer.is_mirrored:
-            return relu(self.kernels.times(residual, as_matrix(fc1)))
-        half = self.kernels.times(residual, as_matrix(fc1[: len(fc1) // 2]))
-        return relu(torch.cat([half, -half], dim=1))
+        return relu(linear(residual, layer.predictor.fc1))
 
     def is_predicted(self, layer: Layer, code: Tensor, rows: slice) -> Tensor:
         """(T, rows), True where a cold neuron is computed, by its `code`."""

@@ -1,6 +1,7 @@
 """One token's products by compiled loops, where the extra `native` is installed; torch does them where it is not."""
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -9,12 +10,27 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from runtime.edge.records import Matrix
+from runtime.edge.records import LayerPredictor, Matrix
 
 NAME = "winnow_edge"  # of the attention that uses them
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 Numbers = NDArray[Any]
 Places = NDArray[np.int64]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """`function`, a loop over numbers, compiled where numba is installed."""
+    try:
+        from numba import njit
+    except ImportError:
+        return function
+    try:
+        return cast(Function, njit(nogil=True, cache=True)(function))
+    except RuntimeError:  # nowhere to keep what is compiled
+        return function
 
 
 class Kernels:
@@ -80,6 +96,16 @@ class Kernels:
         rows = [_numbers(matrix.values) for matrix in (gate, up, down)]
         self.plain.relu_neurons(_vector(x), *rows, self._chosen(gate, places), out)
         return torch.from_numpy(out)[None]
+
+    def predicted(self, residual: Tensor, predictor: LayerPredictor, is_mirrored: bool) -> Places:
+        """Sorted, the rows of fc2 whose score for a residual (1, H) is at least the threshold.
+
+        fc2 lies column by column, for half of a code is zero, and as much of fc2 is not read. `is_mirrored`: fc1 is
+        [V; -V].
+        """
+        fc1, columns = _numbers(predictor.fc1), _numbers(predictor.fc2.T)
+        found = self.plain.predicted(_vector(residual), fc1, columns, is_mirrored, predictor.threshold)
+        return cast(Places, found)
 
     def copy(self, memory: NDArray[np.uint8], starts: Places, places: Places, out: NDArray[np.uint8]) -> None:
         """out[places[i]] = the bytes of `memory` from starts[i] on."""

@@ -103,6 +103,20 @@ def attend(queries: Any, keys: Any, values: Any, out: Any) -> None:
         add(scores, values, places, out[h])
 
 
+@njit([PLACES(VECTOR, form[:, ::1], form[:, ::1], types.boolean, types.float64) for form in FORMS], **OPTIONS)
+def predicted(x: Any, fc1: Any, columns: Any, is_mirrored: Any, threshold: Any) -> Any:
+    """Sorted i with (relu(fc1 @ x) @ columns)[i] >= threshold; `is_mirrored`: fc1 is [V; -V]."""
+    n = len(fc1) // 2 if is_mirrored else len(fc1)
+    code = np.empty(n, np.float32)
+    dots(x, fc1, np.arange(n), code)
+    if is_mirrored:
+        code = np.concatenate((code, -code))
+    is_open = np.flatnonzero(code > 0)
+    scores = np.zeros(columns.shape[1], np.float32)
+    add(code[is_open], columns, is_open, scores)
+    return np.flatnonzero(scores >= threshold)
+
+
 @njit([types.void(uint8[::1], PLACES, PLACES, uint8[:, ::1])], **OPTIONS)
 def copy(memory: Any, starts: Any, places: Any, out: Any) -> None:
     """out[places[i]] = the bytes of `memory` from starts[i] on."""

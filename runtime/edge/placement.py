@@ -81,31 +81,3 @@ def _neighbours(active: NDArray[np.uint8]) -> list[NDArray[np.int64]]:
         for closeness, ids in zip(nearest.values, nearest.indices, strict=True):
             found.append(ids[closeness > 0].numpy())
     return found
-
-
-def read_runs(positions: NDArray[np.int64], gap: int, most: int) -> NDArray[np.int64]:
-    """Merged reads for sorted positions: rows of (first position, records, positions served), `most` records at most.
-
-    Neurons up to `gap` records apart share a read: what lies between is read and thrown away.
-    """
-    if not len(positions):
-        return np.empty((0, 3), dtype=np.int64)
-    starts = np.flatnonzero(np.diff(positions, prepend=-gap - 2) > gap + 1)
-    stops = np.append(starts[1:], len(positions))
-    if (positions[stops - 1] - positions[starts]).max() >= most:
-        starts = _split(positions, starts, stops, most)
-        stops = np.append(starts[1:], len(positions))
-    first = positions[starts]
-    return np.stack([first, positions[stops - 1] - first + 1, stops - starts], axis=1)
-
-
-def _split(
-    positions: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64], most: int
-) -> NDArray[np.int64]:
-    """Where reads start when none may be longer than `most`."""
-    found: list[int] = []
-    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-        while start < stop:
-            found.append(start)
-            start += int(np.searchsorted(positions[start:stop], positions[start] + most))
-    return np.array(found, dtype=np.int64)

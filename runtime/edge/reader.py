@@ -17,7 +17,7 @@ from torch import Tensor
 from runtime.edge.batched import Batch, Flight, Reads
 from runtime.edge.cache import Indices
 from runtime.edge.layout import ALIGN, RecordLayout, aligned
-from runtime.edge.placement import read_runs
+from runtime.edge.reads import Limits, Ranges, read_starts
 from runtime.edge.store import Rows
 from runtime.errors import BundleError
 
@@ -61,7 +61,7 @@ class Arrival(Protocol):
 class Job:
     """Reads that are under way; they bring the neurons first..last of those asked for."""
 
-    future: Arrival
+    arrival: Arrival
     first: int
     last: int
 
@@ -133,8 +133,6 @@ class Reader:
         self.record, self.settings, self.counters = record, settings, Counters()
         self.clock = clock
         self.staging_bytes = staging_bytes  # of each thread
-        self.gap = settings.gap_bytes // record.stride
-        self.most = max(1, (staging_bytes - 2 * ALIGN) // record.stride)
         self.file, self.is_direct = _open(path, settings.direct)
         self.local, self.lock = threading.local(), threading.Lock()
         self.runway = self._runway()
@@ -152,23 +150,14 @@ class Reader:
         if not len(positions):
             return []
         stride, size = self.record.stride, self.record.part_bytes
-        low, high = target.part.start * size, target.part.stop * size
-        runs = read_runs(positions, self.gap, self.most)
-        first, count, served = runs.T
-        start = (target.offset + first * stride + low) // ALIGN * ALIGN
-        length = -(-(target.offset + (first + count - 1) * stride + high) // ALIGN) * ALIGN - start
-        run_of = np.repeat(np.arange(len(runs)), served)
-        # Of each neuron, the bytes from the start of its read to its first.
-        inside = target.offset + positions * stride + low - start[run_of]
-        ends = np.cumsum(served)
+        offset, n_bytes = target.offset + target.part.start * size, (target.part.stop - target.part.start) * size
+        # The kernel is given some at a time: what it brings first is computed first. Threads share all there is.
+        n_each = SHARE if self.runway is not None else max(SHARE, -(-len(positions) // self.settings.threads))
+        limits = Limits(self.settings.gap_bytes // stride, n_each, self.staging_bytes)
         jobs: list[Job] = []
-        for begin, end in self._shares(length):
-            one, two = (0 if begin == 0 else int(ends[begin - 1])), int(ends[end - 1])
-            at = np.cumsum(length[begin:end]) - length[begin:end]
-            inside[one:two] += at[run_of[one:two] - begin]
-            reads = np.stack([start[begin:end], at, length[begin:end]], axis=1)
-            future = self._begin(reads, inside[one:two], target, slots[one:two])
-            jobs.append(Job(future, int(positions[one]), int(positions[two - 1])))
+        for some in read_starts(positions, Ranges(offset, stride, n_bytes), limits):
+            arrival = self._begin(some.reads, some.inside, target, slots[some.first : some.last + 1])
+            jobs.append(Job(arrival, int(positions[some.first]), int(positions[some.last])))
         return jobs
 
     def read_range(self, offset: int, into: NDArray[np.uint8]) -> list[Job]:
@@ -182,22 +171,8 @@ class Reader:
         """Until all `jobs` are done."""
         started = self.clock()
         for job in jobs:
-            job.future.result()
+            job.arrival.result()
         self.counters.wait_s += self.clock() - started
-
-    def _shares(self, length: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Reads [begin, end) that are done together, and fit the memory of a thread."""
-        n_each = SHARE if self.runway is not None else max(SHARE, -(-len(length) // self.settings.threads))
-        if len(length) <= n_each and length.sum() <= self.staging_bytes:
-            return [(0, len(length))]
-        shares: list[tuple[int, int]] = []
-        begin, filled = 0, 0
-        for index, n_bytes in enumerate(length.tolist()):
-            if index > begin and (index - begin == n_each or filled + n_bytes > self.staging_bytes):
-                shares.append((begin, index))
-                begin, filled = index, 0
-            filled += n_bytes
-        return [*shares, (begin, len(length))]
 
     def _start(self) -> None:
         """Page-aligned memory of this thread, where it reads neurons."""

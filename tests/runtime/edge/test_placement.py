@@ -1,9 +1,7 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from runtime.edge.placement import place, read_runs
+from runtime.edge.placement import place
 from runtime.edge.records import FfnShape, LayerProfile, Profile
 from runtime.errors import ConfigError
 
@@ -52,15 +50,3 @@ def test_neurons_that_never_were_active_are_placed_too() -> None:
 def test_a_share_above_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="hot_share = 2"):
         place(_profile(_families()), hot_share=2)
-
-
-@given(st.sets(st.integers(0, 300), max_size=60), st.integers(0, 5), st.integers(1, 20))
-def test_merged_reads_cover_what_is_wanted_and_stay_short(wanted: set[int], gap: int, most: int) -> None:
-    positions = np.array(sorted(wanted), dtype=np.int64)
-    runs = read_runs(positions, gap, most).tolist()
-    covered = [p for first, count, _ in runs for p in range(first, first + count)]
-    assert len(covered) == len(set(covered))
-    assert wanted <= set(covered)
-    assert all(count <= most for _, count, _ in runs)
-    assert sum(served for *_, served in runs) == len(wanted)
-    assert all(first in wanted and first + count - 1 in wanted for first, count, _ in runs)
