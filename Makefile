@@ -15,7 +15,7 @@ setup: $(READY)
 $(READY): pyproject.toml infra/constraints.txt
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt torch
-	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c infra/constraints.txt --editable '.[dev,report,native]'
 	touch $@
 
 # Debian and Ubuntu: a real S3 server for the slow tests, about 100 packages. They skip those without it.

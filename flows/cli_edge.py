@@ -131,7 +131,11 @@ def _answer(talker: "Talker", turns: list[tuple[str, str]], how: "Answering", ec
         memory, share = report.memory, f"{report.hit_rate:.1%} of neurons were in memory"
         planned = f" ({talker.plan.tokens_per_s:.1f} predicted)" if talker.plan else ""
         speed = f"{report.n_tokens / report.seconds:.1f} tokens/s{planned}, " if report.seconds else ""
-        messages().print(f"{speed}{share}, {report.read_bytes >> 20} MiB read, {memory.total >> 20} MiB in memory")
+        slower = "" if report.is_compiled else "; pip install 'winnow[native]' makes answers faster"
+        messages().print(
+            f"{speed}{share}, {report.read_bytes >> 20} MiB read, {memory.total >> 20} MiB in memory{slower}",
+            markup=False,
+        )
     return text
 
 

@@ -31,6 +31,7 @@ class Report:
     n_reads: int
     wait_s: float  # spent waiting for reads
     is_direct: bool  # reads went past the page cache
+    is_compiled: bool  # one token's products by compiled loops (the extra `native`)
     memory: Memory
 
 
@@ -151,6 +152,7 @@ class EdgeModel:
             n_reads=counters.n_reads,
             wait_s=counters.wait_s,
             is_direct=self.ffn.reader.is_direct,
+            is_compiled=self.kernels is not None,
             memory=self.memory,
         )
 

@@ -1,4 +1,7 @@
-"""What a machine can do for a bundle: memory, disk rates by block size, compute rates; measured or written down."""
+"""What a machine can do for a bundle: memory, disk rates by block size, compute rates; measured or written down.
+
+Measured as the engine reads and computes: by the kernel many at a time and in compiled loops, where there is that.
+"""
 
 import json
 import mmap
@@ -6,6 +9,7 @@ import os
 import re
 import time
 import tomllib
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -16,12 +20,15 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
+from runtime.edge.batched import Batch, Flight
 from runtime.edge.layout import ALIGN
+from runtime.edge.native import as_matrix, kernels
 from runtime.errors import ConfigError
 
 BLOCKS = (4096, 8192, 16384, 65536, 524288)
 FILE_BYTES = 256 << 20
 SECONDS = 0.4  # of each disk figure
+AT_ONCE = 32  # reads that the kernel is given together
 MOST = 1e18  # of any number of a description
 
 
@@ -41,7 +48,7 @@ class Hardware:
     name: str
     memory_bytes: int
     cores: int
-    disk_mb_s: Mapping[int, float]  # random reads of so many bytes, by `io_threads` threads
+    disk_mb_s: Mapping[int, float]  # random reads of so many bytes, by the kernel or else by `io_threads` threads
     sequential_mb_s: float
     io_threads: int
     dense_gb_s: float
@@ -187,12 +194,40 @@ def _disk(path: Path, io_threads: int, clock: Callable[[], float]) -> tuple[dict
     except OSError:
         file, is_direct = os.open(path, os.O_RDONLY), False
     try:
-        return {size: round(_rate(file, size, io_threads, clock), 1) for size in BLOCKS}, is_direct
+        rate = _rate_of_batches if is_direct and _has_batches(file) else _rate_of_threads
+        return {size: round(rate(file, size, io_threads, clock), 1) for size in BLOCKS}, is_direct
     finally:
         os.close(file)
 
 
-def _rate(file: int, size: int, io_threads: int, clock: Callable[[], float]) -> float:
+def _has_batches(file: int) -> bool:
+    try:
+        Batch(file, mmap.mmap(-1, ALIGN)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _rate_of_batches(file: int, size: int, io_threads: int, clock: Callable[[], float]) -> float:
+    """Two batches are always under way, whatever `io_threads`."""
+    places = np.random.default_rng(size).integers(0, FILE_BYTES // size, 1 << 16).reshape(-1, AT_ONCE) * size
+    memory = mmap.mmap(-1, 2 * AT_ONCE * size)
+    batch, reads = Batch(file, memory), np.empty((AT_ONCE, 3), dtype=np.int64)
+    reads[:, 2] = size
+    started, n_reads, under_way = clock(), 0, deque[Flight]()
+    for turn, offsets in enumerate(places):
+        reads[:, 0], reads[:, 1] = offsets, (turn % 2 * AT_ONCE + np.arange(AT_ONCE)) * size
+        under_way.append(batch.start(reads))
+        if len(under_way) == 2:
+            n_reads += AT_ONCE * under_way.popleft().wait()
+            if clock() - started >= SECONDS:  # after a read: on a machine that is too busy a rate is low, not zero
+                break
+    seconds = clock() - started
+    batch.close()
+    return n_reads * size / seconds / 1e6
+
+
+def _rate_of_threads(file: int, size: int, io_threads: int, clock: Callable[[], float]) -> float:
     places = np.random.default_rng(size).integers(0, FILE_BYTES // size, 1 << 16) * size
     deadline = clock() + SECONDS
 
@@ -216,13 +251,23 @@ def _compute(clock: Callable[[], float]) -> tuple[float, float]:
     x = torch.ones(1, 2048, dtype=torch.bfloat16)
     rows = torch.randperm(16384, generator=torch.Generator().manual_seed(0))[:2048].sort().values
     into = torch.empty(256, 2048, dtype=torch.bfloat16)
+    loops = kernels(torch.bfloat16)
+
+    def multiply() -> None:
+        if loops is not None:
+            loops.times(x, as_matrix(weights))
+        else:
+            linear(x, weights)
 
     def gather() -> None:
         for part in torch.split(rows, 256):
-            linear(x, torch.index_select(weights, 0, part, out=into))
+            if loops is not None:
+                loops.times(x, as_matrix(weights), part)
+            else:
+                linear(x, torch.index_select(weights, 0, part, out=into))
 
     with torch.inference_mode():
-        dense = min(_seconds(lambda: linear(x, weights), clock) for _ in range(5))
+        dense = min(_seconds(multiply, clock) for _ in range(5))
         scattered = min(_seconds(gather, clock) for _ in range(5))
     return round(weights.nbytes / dense / 1e9, 2), round(len(rows) * 4096 / scattered / 1e9, 2)
 

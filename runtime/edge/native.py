@@ -168,7 +168,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query (1, heads, new, d), key and value (1, shared heads, all, d) -> (1, new, heads, d), as transformers asks."""
     if query.shape[2] > 1:
-        return cast(tuple[Tensor, None], sdpa_attention_forward(module, query, key, value, attention_mask, **rest))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
     from runtime.edge import native_kernels
 
     queries = (query[0, :, 0].float() * rest["scaling"]).numpy()
@@ -182,9 +182,9 @@ def _attention(
 
 
 def _vector(x: Tensor) -> Numbers:
-    return cast(Numbers, x[0].float().contiguous().numpy())
+    return x[0].float().contiguous().numpy()
 
 
 def _numbers(rows: Tensor) -> Numbers:
     """As the loops read them: numpy has no bfloat16."""
-    return cast(Numbers, rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy())
+    return rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy()

@@ -17,8 +17,8 @@ from runtime.edge.reader import ReadSettings
 from runtime.errors import ConfigError
 
 THREADS = (1, 2, 4, 8)
-OVERHEAD_S = 0.0006  # of Python and small operations, per layer and token
-CALL_S = 0.00004  # of Python per read, on the core that reads
+OVERHEAD_S = 0.0011  # of Python and small operations, per layer and token
+CALL_S = 0.000015  # per read, on the core that computes: starting it, and copying what it brought
 NOT_EXECUTED = "modelled, not executed here"
 
 
@@ -139,13 +139,13 @@ def _predicted(needs: Needs, hardware: Hardware, memory: Memory, settings: RunSe
     missing = (uses * over * (1 - hits)).sum()
     read = aligned(record.stride) + (0 if record.stride % ALIGN == 0 else ALIGN)
     two_phase = record.has_gate and record.part_bytes >= ALIGN and float(over.mean()) > TWO_PHASE_FROM
-    read_s = missing * read / (hardware.disk(read) * 1e6) + missing * CALL_S / hardware.io_threads
+    read_s = missing * read / (hardware.disk(read) * 1e6)
     item = FLOATS[manifest.dtype].itemsize
     dense = (needs.n_weights + needs.n_predictors) * item + needs.gate_bytes + memory.fixed["hot neurons"]
     compute_s = dense / hardware.dense_gb_s / 1e9
     compute_s += (uses * over).sum() * record.record_bytes / hardware.gather_gb_s / 1e9
-    compute_s += shape.n_layers * OVERHEAD_S
-    # Reads run beside compute on another core; with one core they share it.
+    compute_s += shape.n_layers * OVERHEAD_S + missing * CALL_S
+    # The disk works beside the processor; with one core, threads that read share it.
     token_s = max(compute_s, read_s) if hardware.cores > 1 else compute_s + read_s
     stream_s = manifest.ffn_bytes * (memory.slots != tuple(map(len, needs.frequency))) / hardware.sequential_mb_s / 1e6
     return Plan(

@@ -10,12 +10,16 @@ turns, and of each the repeat of median speed counts.
   use, and the interpreter (needs root and cgroup v1; left out where that is missing).
 - edge 50/30/25 %: this engine. The budget is attention, embeddings and keys, plus that share of the feed-forward bytes;
   predictors, buffers and everything else come out of the share.
+- torch alone: the same without the compiled loops of the extra `native`, which every other arm of this engine has.
 - ladder, at 30 %: base (no cache, three reads per neuron), bundle (one read), cache (hot block and slots), pipeline
-  (four threads, overlap, prefetch), placement (cold order by co-activation, reads merged over gaps of a neuron).
+  (reads beside compute, and ahead where that is worth it), placement (cold order by co-activation, reads merged over
+  gaps of a neuron).
 `cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is the peak of anonymous and shared
 memory (RssAnon + RssShmem), looked at every 5 ms from before the bundle is opened and above what was there then, over
-the budget. `low` and `high` are the slowest and fastest repeat. The last two arms of the ladder are repeated
-`--ladder-repeats` times.
+the budget. `low` and `high` are the slowest and fastest repeat.
+The last steps of the ladder are smaller than a shared machine's speed changes from one minute to the next. So each is
+also measured within one process, where the two take turns token by token (`--pair-tokens`): how many times faster one
+is in all tokens together, and in the median token.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from runtime.edge.budget import RunSettings
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
+from runtime.edge.native import kernels
 from runtime.edge.reader import ReadSettings
 
 WARM, CONTEXT = 64, 512
@@ -57,6 +62,8 @@ EDGE: dict[str, tuple[str, float | None, RunSettings]] = {
     "edge 50 %": ("placed", 0.50, PLACED),
     "edge 30 %": ("placed", 0.30, PLACED),
     "edge 25 %": ("placed", 0.25, PLACED),
+    "in memory, torch alone": ("placed", None, replace(PLACED, native=False)),
+    "25 %, torch alone": ("placed", 0.25, replace(PLACED, native=False)),
     "ladder base": ("flat", 0.30, replace(SLOW, keeps=False, by_matrix=True)),
     "ladder bundle": ("flat", 0.30, replace(SLOW, keeps=False)),
     "ladder cache": ("hot", 0.30, SLOW),
@@ -67,13 +74,13 @@ EDGE: dict[str, tuple[str, float | None, RunSettings]] = {
 MMAP = {"mmap 50 %": 0.50, "mmap 25 %": 0.25}
 OWN = ("RssAnon", "RssShmem")
 DENSE = "dense, in memory"
-CLOSE_ARMS = ("ladder pipeline", "ladder placement")
+PAIRS = (("ladder cache", "ladder pipeline"), ("ladder pipeline", "ladder placement"))
 SLOW_ARMS = ("stream", "mmap 50 %", "mmap 25 %", "ladder base", "ladder bundle")
 
 
 def main() -> None:
     settings = options(
-        __doc__, tokens=64, slow_tokens=8, ladder_repeats=5, size="1g", work="edge-bench", arm="", only=[""]
+        __doc__, tokens=64, slow_tokens=8, pair_tokens=192, size="1g", work="edge-bench", arm="", only=[""]
     )
     work = Path(settings.work) / settings.size
     if settings.arm:
@@ -83,10 +90,14 @@ def main() -> None:
     arms = [DENSE, *EDGE, *MMAP]
     chosen = [arm for arm in arms if settings.only == [""] or arm in settings.only]
     found: dict[str, list[dict[str, float]]] = {arm: [] for arm in chosen}
-    for turn in range(max(settings.repeats, settings.ladder_repeats)):
+    pairs = [pair for pair in PAIRS if set(pair) <= set(chosen)]
+    steps: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
+    for _ in range(settings.repeats):
+        for pair in pairs:
+            step = _run(" / ".join(pair), work, settings)
+            if step is not None:
+                steps[pair].append(step)
         for arm in chosen:
-            if turn >= (settings.ladder_repeats if arm in CLOSE_ARMS else settings.repeats):
-                continue
             result = _run(arm, work, settings)
             if result is not None:
                 found[arm].append(result)
@@ -97,6 +108,13 @@ def main() -> None:
             if baseline in by_arm:
                 row[f"x {baseline}"] = float(str(row["tokens/s"])) / by_arm[baseline]
     show("edge", settings, rows)
+    compared: list[dict[str, object]] = [
+        {"step": f"{one} -> {other}", "repeats": len(found)}
+        | {f"x {kind}": [round(step[kind], 3) for step in found] for kind in ("all tokens", "median token")}
+        for (one, other), found in steps.items()
+    ]
+    if compared:
+        show("edge-steps", settings, compared)
 
 
 def _prepare(size: str, work: Path) -> None:
@@ -119,7 +137,7 @@ def _prepare(size: str, work: Path) -> None:
 
 
 def _run(arm: str, work: Path, settings: argparse.Namespace) -> dict[str, float] | None:
-    tokens = settings.slow_tokens if arm in SLOW_ARMS else settings.tokens
+    tokens = settings.slow_tokens if arm in SLOW_ARMS else settings.pair_tokens if "/" in arm else settings.tokens
     command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens)]
     command += ["--size", settings.size, "--work", settings.work]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -141,6 +159,8 @@ def _row(arm: str, results: list[dict[str, float]]) -> dict[str, object]:
 def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     topics = edge_model.text(settings.size, WARM + settings.tokens, seed=7)
+    if "/" in settings.arm:
+        return _pair(work, topics, settings.arm.split(" / "))
     if settings.arm in EDGE:
         return _edge(work, topics, *EDGE[settings.arm], is_stream=settings.arm == "stream")
     if settings.arm == DENSE:
@@ -179,6 +199,27 @@ def _edge(
             "budget MiB": report.memory.total / 2**20,
             "over": peak[0] / report.memory.total,
         }
+
+
+def _pair(work: Path, ids: list[int], arms: list[str]) -> dict[str, float]:
+    """How many times faster the second arm is than the first, the two taking turns token by token."""
+    _tiny()
+    numbers, seconds = _numbers(work), {arm: list[float]() for arm in arms}
+    with contextlib.ExitStack() as stack:
+        models = {}
+        for arm in arms:
+            name, share, settings = EDGE[arm]
+            budget = int(numbers["resident"] + (share or 1.0) * numbers["ffn"])
+            models[arm] = stack.enter_context(EdgeModel(open_bundle(work / name, verify=False), budget, settings))
+        for place, token in enumerate(ids):
+            for arm in arms if place % 2 else arms[::-1]:
+                started = time.perf_counter()
+                models[arm].step(token)
+                if place >= WARM:
+                    seconds[arm].append(time.perf_counter() - started)
+    one, other = seconds.values()
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    return {"all tokens": sum(one) / sum(other), "median token": statistics.median(ratios)}
 
 
 @contextlib.contextmanager
@@ -241,7 +282,8 @@ def _decoder(model: LlamaForCausalLM) -> Callable[[int], object]:
 
 
 def _tiny() -> None:
-    """Everything imported and used once."""
+    """Everything imported and used once, the compiled loops included."""
+    kernels(torch.bfloat16)
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.inference_mode():
         LlamaForCausalLM(LlamaConfig(vocab_size=64, **small))(torch.tensor([[1, 2]]))
