@@ -16,10 +16,11 @@ turns, and of each the repeat of median speed counts.
   gaps of a neuron).
 `cpu` is of the computing thread alone; `io` is read_bytes of /proc/self/io; `over` is the peak of anonymous and shared
 memory (RssAnon + RssShmem), looked at every 5 ms from before the bundle is opened and above what was there then, over
-the budget. `low` and `high` are the slowest and fastest repeat.
-The last steps of the ladder are smaller than a shared machine's speed changes from one minute to the next. So each is
-also measured within one process, where the two take turns token by token (`--pair-tokens`): how many times faster one
-is in all tokens together, and in the median token.
+the budget. `low` and `high` are the slowest and fastest repeat. `--hardware FILE` of `winnow probe` adds what
+`winnow plan-edge` predicts.
+The last steps of the ladder are smaller than a shared machine's speed changes from one minute to the next. So they, and
+30 % against memory, are also measured within one process, where the two take turns token by token (`--pair-tokens`):
+how many times as fast one is in all tokens together, and in the median token.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from runtime.edge.budget import RunSettings
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
+from runtime.edge.hardware import load
 from runtime.edge.native import kernels
+from runtime.edge.planner import plan
 from runtime.edge.reader import ReadSettings
 
 WARM, CONTEXT = 64, 512
@@ -74,13 +77,17 @@ EDGE: dict[str, tuple[str, float | None, RunSettings]] = {
 MMAP = {"mmap 50 %": 0.50, "mmap 25 %": 0.25}
 OWN = ("RssAnon", "RssShmem")
 DENSE = "dense, in memory"
-PAIRS = (("ladder cache", "ladder pipeline"), ("ladder pipeline", "ladder placement"))
+PAIRS = (
+    ("sparse, in memory", "edge 30 %"),
+    ("ladder cache", "ladder pipeline"),
+    ("ladder pipeline", "ladder placement"),
+)
 SLOW_ARMS = ("stream", "mmap 50 %", "mmap 25 %", "ladder base", "ladder bundle")
 
 
 def main() -> None:
     settings = options(
-        __doc__, tokens=64, slow_tokens=8, pair_tokens=192, size="1g", work="edge-bench", arm="", only=[""]
+        __doc__, tokens=64, slow_tokens=8, pair_tokens=192, size="1g", work="edge-bench", hardware="", arm="", only=[""]
     )
     work = Path(settings.work) / settings.size
     if settings.arm:
@@ -139,7 +146,7 @@ def _prepare(size: str, work: Path) -> None:
 def _run(arm: str, work: Path, settings: argparse.Namespace) -> dict[str, float] | None:
     tokens = settings.slow_tokens if arm in SLOW_ARMS else settings.pair_tokens if "/" in arm else settings.tokens
     command = [sys.executable, __file__, "--arm", arm, "--tokens", str(tokens)]
-    command += ["--size", settings.size, "--work", settings.work]
+    command += ["--size", settings.size, "--work", settings.work, "--hardware", settings.hardware]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode != 0:
         print(f"{arm}: left out: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
@@ -162,7 +169,12 @@ def _child(settings: argparse.Namespace, work: Path) -> dict[str, float]:
     if "/" in settings.arm:
         return _pair(work, topics, settings.arm.split(" / "))
     if settings.arm in EDGE:
-        return _edge(work, topics, *EDGE[settings.arm], is_stream=settings.arm == "stream")
+        found = _edge(work, topics, *EDGE[settings.arm], is_stream=settings.arm == "stream")
+        if settings.hardware and EDGE[settings.arm][2] == PLACED:
+            with EdgeModel(open_bundle(work / EDGE[settings.arm][0], verify=False), None, PLACED) as model:
+                planned = plan(model.needs, load(Path(settings.hardware)), int(found["budget MiB"] * 2**20), CONTEXT)
+            found |= {"planned tokens/s": planned.tokens_per_s, "planned hit": planned.hit_rate}
+        return found
     if settings.arm == DENSE:
         return _measured(_decoder(_dense(work, mapped=False)), topics, n_warm=8)
     _tiny()  # what the libraries allocate at first use
@@ -202,15 +214,18 @@ def _edge(
 
 
 def _pair(work: Path, ids: list[int], arms: list[str]) -> dict[str, float]:
-    """How many times faster the second arm is than the first, the two taking turns token by token."""
+    """How many times as fast the second arm is as the first, the two taking turns token by token."""
     _tiny()
     numbers, seconds = _numbers(work), {arm: list[float]() for arm in arms}
     with contextlib.ExitStack() as stack:
         models = {}
         for arm in arms:
             name, share, settings = EDGE[arm]
-            budget = int(numbers["resident"] + (share or 1.0) * numbers["ffn"])
+            budget = None if share is None else int(numbers["resident"] + share * numbers["ffn"])
             models[arm] = stack.enter_context(EdgeModel(open_bundle(work / name, verify=False), budget, settings))
+            if share is None:
+                models[arm].forward(ids[:2])  # reads everything once
+                models[arm].reset()
         for place, token in enumerate(ids):
             for arm in arms if place % 2 else arms[::-1]:
                 started = time.perf_counter()
