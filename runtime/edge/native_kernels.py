@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int64, njit, types, uint8
+from numba import njit, types
 from numba.extending import intrinsic
 
-FORMS = (types.uint16, types.int16, types.float32)
 # Sums may be reordered, or they would be computed number by number; what is not finite stays so.
 FAST = {"reassoc", "contract", "nsz"}
 OPTIONS: dict[str, Any] = {"fastmath": FAST, "nogil": True, "cache": True, "error_model": "numpy"}
-VECTOR, PLACES = float32[::1], int64[::1]
 
 
 @intrinsic
@@ -34,7 +32,7 @@ def wide(context: Any, number: Any) -> Any:
     return types.float32(number), widened
 
 
-@njit([types.void(VECTOR, form[:, ::1], PLACES, VECTOR) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def dots(x: Any, rows: Any, places: Any, out: Any) -> None:
     """out[i] = rows[places[i]] . x."""
     last = len(places) - 1
@@ -50,7 +48,7 @@ def dots(x: Any, rows: Any, places: Any, out: Any) -> None:
         out[i], out[i1], out[i2], out[i3] = s0, s1, s2, s3
 
 
-@njit([types.void(VECTOR, form[:, ::1], PLACES, VECTOR) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def add(weights: Any, rows: Any, places: Any, out: Any) -> None:
     """out += weights[i] * rows[places[i]], over all i."""
     last, none = len(places) - 1, np.float32(0)
@@ -65,7 +63,7 @@ def add(weights: Any, rows: Any, places: Any, out: Any) -> None:
             out[j] += w0 * wide(r0[j]) + w1 * wide(r1[j]) + w2 * wide(r2[j]) + w3 * wide(r3[j])
 
 
-@njit([types.void(VECTOR, VECTOR, form[:, ::1], form[:, ::1], PLACES, VECTOR) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def finish(x: Any, act: Any, up: Any, down: Any, places: Any, out: Any) -> None:
     """out += act[i] * (up[places[i]] . x) * down[places[i]], over all i; where act is zero nothing is read."""
     is_open = np.flatnonzero(act)
@@ -76,7 +74,7 @@ def finish(x: Any, act: Any, up: Any, down: Any, places: Any, out: Any) -> None:
     add(hidden, down, chosen, out)
 
 
-@njit([types.void(VECTOR, form[:, ::1], form[:, ::1], form[:, ::1], PLACES, VECTOR) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def relu_neurons(x: Any, gate: Any, up: Any, down: Any, places: Any, out: Any) -> None:
     """out += what these neurons add to the residual."""
     act = np.empty(len(places), np.float32)
@@ -86,7 +84,7 @@ def relu_neurons(x: Any, gate: Any, up: Any, down: Any, places: Any, out: Any) -
     finish(x, act, up, down, places, out)
 
 
-@njit([types.void(float32[:, ::1], form[:, ::1], form[:, ::1], float32[:, ::1]) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def attend(queries: Any, keys: Any, values: Any, out: Any) -> None:
     """out[h] = softmax(keys . queries[h]) @ values, for heads h that share keys and values; queries are scaled."""
     places, scores = np.arange(len(keys)), np.empty(len(keys), np.float32)
@@ -103,7 +101,7 @@ def attend(queries: Any, keys: Any, values: Any, out: Any) -> None:
         add(scores, values, places, out[h])
 
 
-@njit([PLACES(VECTOR, form[:, ::1], form[:, ::1], types.boolean, types.float64) for form in FORMS], **OPTIONS)
+@njit(**OPTIONS)
 def predicted(x: Any, fc1: Any, columns: Any, is_mirrored: Any, threshold: Any) -> Any:
     """Sorted i with (relu(fc1 @ x) @ columns)[i] >= threshold; `is_mirrored`: fc1 is [V; -V]."""
     n = len(fc1) // 2 if is_mirrored else len(fc1)
@@ -117,7 +115,7 @@ def predicted(x: Any, fc1: Any, columns: Any, is_mirrored: Any, threshold: Any) 
     return np.flatnonzero(scores >= threshold)
 
 
-@njit([types.void(uint8[::1], PLACES, PLACES, uint8[:, ::1])], **OPTIONS)
+@njit(**OPTIONS)
 def copy(memory: Any, starts: Any, places: Any, out: Any) -> None:
     """out[places[i]] = the bytes of `memory` from starts[i] on."""
     for i in range(len(places)):

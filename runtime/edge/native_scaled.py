@@ -9,11 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import int8, int16, njit, types, uint8
+from numba import njit
 
-from runtime.edge.native_kernels import OPTIONS, PLACES, VECTOR, wide
+from runtime.edge.native_kernels import OPTIONS, wide
 
-SCALES = int16[:, ::1]
 Loop = Callable[..., None]
 
 
@@ -21,7 +20,7 @@ Loop = Callable[..., None]
 def int8_loops(group: int) -> tuple[Loop, Loop]:
     """`dots` and `add` for groups of so many columns."""
 
-    @njit([types.void(VECTOR, int8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    @njit(**OPTIONS)
     def dots(x: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
         scaled = np.empty(len(x), np.float32)
         for i in range(len(places)):
@@ -35,7 +34,7 @@ def int8_loops(group: int) -> tuple[Loop, Loop]:
                 total += scaled[j] * np.float32(row[j])
             out[i] = total
 
-    @njit([types.void(VECTOR, int8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    @njit(**OPTIONS)
     def add(weights: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
         factors = np.empty(len(out), np.float32)
         for i in range(len(places)):
@@ -55,7 +54,7 @@ def int4_loops(group: int) -> tuple[Loop, Loop]:
     """`dots` and `add` for groups of so many columns."""
     half = group // 2
 
-    @njit([types.void(VECTOR, VECTOR, uint8[:, ::1], SCALES, PLACES, VECTOR)], **OPTIONS)
+    @njit(**OPTIONS)
     def dots(even: Any, odd: Any, rows: Any, scales: Any, places: Any, out: Any) -> None:
         for i in range(len(places)):
             row, scale = rows[places[i]], scales[places[i]]
@@ -69,7 +68,7 @@ def int4_loops(group: int) -> tuple[Loop, Loop]:
                 total += wide(scale[part]) * inner
             out[i] = total
 
-    @njit([types.void(VECTOR, uint8[:, ::1], SCALES, PLACES, VECTOR, VECTOR)], **OPTIONS)
+    @njit(**OPTIONS)
     def add(weights: Any, rows: Any, scales: Any, places: Any, even: Any, odd: Any) -> None:
         for i in range(len(places)):
             row, scale = rows[places[i]], scales[places[i]]

@@ -49,9 +49,10 @@ from runtime.edge.budget import RunSettings
 from runtime.edge.bundle import open_bundle
 from runtime.edge.engine import EdgeModel
 from runtime.edge.hardware import load
-from runtime.edge.native import kernels
+from runtime.edge.native import as_matrix, kernels
 from runtime.edge.planner import plan
 from runtime.edge.reader import ReadSettings
+from runtime.edge.records import LayerPredictor
 
 WARM, CONTEXT = 64, 512
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -298,7 +299,13 @@ def _decoder(model: LlamaForCausalLM) -> Callable[[int], object]:
 
 def _tiny() -> None:
     """Everything imported and used once, the compiled loops included."""
-    kernels(torch.bfloat16)
+    loops, rows, x = kernels(torch.bfloat16), torch.zeros(8, 8, dtype=torch.bfloat16), torch.zeros(1, 8)
+    if loops is not None:
+        matrix = as_matrix(rows)
+        loops.times(x, matrix)
+        loops.mixed(x, matrix)
+        loops.relu_neurons(x, matrix, matrix, matrix)
+        loops.predicted(x, LayerPredictor("low_rank", rows, rows.T), True)
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.inference_mode():
         LlamaForCausalLM(LlamaConfig(vocab_size=64, **small))(torch.tensor([[1, 2]]))

@@ -1,6 +1,7 @@
 """`winnow chat`, `plan-edge` and `probe` on a bundle of the starter."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,14 @@ def test_a_plan_sets_the_engine(bundle: Path, hardware: Path, tmp_path: Path, co
     with talker.model:
         settings = talker.model.settings
     assert (settings.read.threads, settings.prefetch, settings.two_phase) == (2, prefetches, talker.plan.two_phase)
+
+
+def test_chat_says_what_would_make_it_faster(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("chat", bundle, "--prompt", ASKED, "--max-new-tokens", 2)
+    hint = "pip install 'winnow[native]'"
+    assert (hint in _invoke(*asked).stderr) == (find_spec("numba") is None)
+    monkeypatch.setattr("runtime.edge.engine.kernels", lambda dtype: None)
+    assert hint in " ".join(_invoke(*asked).stderr.split())
 
 
 def test_a_conversation_is_read_line_by_line(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 """Compiled loops compute what torch computes, one token at a time."""
 
+import sys
 from typing import cast
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runtime import edge
 from runtime.edge import native
 from runtime.edge.native import Kernels, RowLinear, as_matrix, compiled
 from runtime.edge.quantise import dequantise, quantise
@@ -133,6 +135,12 @@ def test_bytes_are_copied_from_anywhere() -> None:
 def test_a_model_in_float64_has_none() -> None:
     assert native.kernels(torch.float64) is None
     assert isinstance(native.kernels(torch.bfloat16), Kernels)
+
+
+def test_without_numba_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(edge, "native_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "runtime.edge.native_kernels", None)
+    assert native.kernels(torch.bfloat16) is None
 
 
 def test_a_loop_is_the_same_function_without_the_compiler() -> None:
