@@ -13,7 +13,8 @@ from runtime.edge.bundle import Bundle, check_resident
 from runtime.edge.decoding import Decoding
 from runtime.edge.feedforward import Layers
 from runtime.edge.kv import FixedKV
-from runtime.edge.native import kernels, use_kernels
+from runtime.edge.linear import replace_linear
+from runtime.edge.native import kernels, use_attention
 from runtime.edge.skeleton import build
 from runtime.edge.streaming import Streaming
 from runtime.errors import BundleError, ConfigError, InputError, ModelError, PromptTooLong
@@ -60,14 +61,15 @@ class EdgeModel:
             if self.kernels is not None and key.endswith(".fc2"):
                 resident[key] = resident[key].T.contiguous().T  # they take columns of it
         self.model = build(bundle.manifest, resident, self.dtype)
-        if self.kernels is not None:
-            use_kernels(self.model, self.kernels)
         self.needs = needs(bundle.manifest, resident, self.model.config)
         if share is not None:
             budget_bytes = budget_of(self.needs, self.settings, self.dtype, share)
         self.memory = divide(self.needs, self.settings, self.dtype, budget_bytes)
         self.ffn = Layers(bundle, resident, self.memory, self.settings, clock, self.kernels)
         self.decoding, self.streaming = Decoding(self.ffn), Streaming(self.ffn)
+        replace_linear(self.model, self.kernels, self.ffn.workspace.free_operand())
+        if self.kernels is not None:
+            use_attention(self.model)
         self.kv = FixedKV(self.model.config, self.settings.max_tokens, self.dtype)
         self.ids: list[int] = []
         self.clock, self.is_broken = clock, False

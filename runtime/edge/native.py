@@ -121,23 +121,6 @@ class Kernels:
         return numbers[:n]
 
 
-class RowLinear(nn.Module):
-    """`linear`, with one row at a time through the kernels."""
-
-    def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
-        super().__init__()
-        self.weight, self.bias, self.kernels = linear.weight, linear.bias, kernels
-        self.matrix = as_matrix(linear.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., out) of (..., in)."""
-        if x.numel() > x.shape[-1]:
-            return nn.functional.linear(x, self.weight, self.bias)
-        found = self.kernels.times(x.view(1, -1), self.matrix)
-        found = found if self.bias is None else found + self.bias
-        return found.to(x.dtype).view(*x.shape[:-1], -1)
-
-
 def as_matrix(rows: Tensor) -> Matrix:
     """Plain numbers as a matrix."""
     return Matrix(rows.detach(), None, cast(Any, str(rows.dtype).removeprefix("torch.")))
@@ -153,12 +136,8 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def use_kernels(model: PreTrainedModel, kernels: Kernels) -> None:
-    """Let every linear layer of `model`, and the attention of one token, go through the kernels."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, RowLinear(child, kernels))
+def use_attention(model: PreTrainedModel) -> None:
+    """Let the attention of one token go through the compiled loops."""
     AttentionInterface.register(NAME, _attention)
     model.config._attn_implementation = NAME
 

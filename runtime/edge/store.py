@@ -65,6 +65,7 @@ class Workspace:
         """`dtype` is what the model computes in, `self.dtype` what is multiplied in: see `factor_dtype`."""
         self.kernels = kernels
         self.record, self.dtype = record, factor_dtype(dtype)
+        self.widens = self.dtype != dtype
         # Even so, one token's products are as fast as short floats come from memory, if the right function is asked.
         self.is_short = stored == dtype != self.dtype
         self.stored, self.places = stored, torch.arange(block)
@@ -81,6 +82,11 @@ class Workspace:
         self.wide = torch.empty(block, record.cols if wide else 0)
         self.narrow = torch.empty(block, record.cols if narrow else 0, dtype=self.dtype)
         self.halves = torch.empty(block, record.cols // 2 if halves else 0, dtype=torch.uint8)
+
+    def free_operand(self) -> Tensor | None:
+        """Float32 memory for others to widen numbers in while no operand is valid; None where none need be."""
+        wide = self.wide if self.wide.numel() else self.narrow
+        return wide.view(-1) if self.widens and wide.numel() else None
 
     def operand(self, matrix: Matrix, rows: slice = slice(None)) -> Tensor:
         """These rows (a block at most) in the type that is computed in, bit for bit those of `dequantise`."""
@@ -124,8 +130,6 @@ class Workspace:
 
     def mixed_rows(self, weights: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
         """(T, H): the rows `places` of a matrix, weighted (T, k) and added up."""
-        if self.kernels is not None and len(weights) == 1:
-            return self.kernels.mixed(weights, rows.matrices[name], places)
         if self.is_short and len(weights) == 1:
             return self._bag(weights, rows.values[name], places)
         return weights @ self.operand(self.from_rows(rows, name, places))

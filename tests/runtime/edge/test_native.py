@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from runtime import edge
 from runtime.edge import native
-from runtime.edge.native import Kernels, RowLinear, as_matrix, compiled
+from runtime.edge.native import Kernels, as_matrix, compiled
 from runtime.edge.quantise import dequantise, quantise
 from runtime.edge.records import LayerPredictor, Matrix, WeightFormat
 
@@ -112,16 +112,6 @@ def test_attention_of_one_token(dtype: torch.dtype, heads: int) -> None:
     torch.testing.assert_close(
         found[0, 0].double(), wanted[0, :, 0], rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.01
     )
-
-
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_a_linear_layer_gives_the_same_for_one_row_and_for_many(has_bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = nn.Linear(COLS, 30, bias=has_bias)
-    rows, x = RowLinear(linear, Kernels()), _random(1, 5, COLS)
-    with torch.no_grad():
-        torch.testing.assert_close(rows(x), linear(x))
-        torch.testing.assert_close(rows(x[:, 2:3]), linear(x)[:, 2:3], rtol=1e-5, atol=1e-5)
 
 
 def test_bytes_are_copied_from_anywhere() -> None:
