@@ -149,7 +149,7 @@ def fixed_bytes(needs: Needs, settings: RunSettings, dtype: torch.dtype) -> dict
         # One matrix of a block is widened at a time, of hot and cold neurons and of resident gates alike.
         "operands": workspace_bytes(block, record, dtype),
         "activations": _activations(needs, settings, item),
-        # Each thread copies what it read to slots, a matrix at a time.
+        # What was read is copied to slots, a matrix at a time.
         "read buffers": settings.read.threads * 2 * staging_bytes(manifest) + 2 * stream_bytes(manifest),
         "tables": 12 * shape.n_layers * shape.intermediate,  # order, frequency, slots
     }

@@ -119,9 +119,8 @@ class Decoding:
 
     def _block(self, x: Tensor, gate: Tensor | None, places: Tensor, n_real: int) -> Tensor:
         """(1, H): what these neurons put out; `gate` where it is resident."""
-        if self.ffn.kernels is not None:
-            act = None if gate is None else self.ffn.activation(gate)
-            return self.ffn.neurons(x, self.ffn.rows.matrices, places, act)
+        if self.ffn.kernels is not None and gate is None:
+            return self.ffn.neurons(x, self.ffn.rows.matrices, places, None)
         gate = self._times(x, "gate", places) if gate is None else gate
         return self._finish(x, self._closed(self.ffn.activation(gate), n_real), places)
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from runtime.decoding.sampling import SamplingConfig, sample
+from runtime.edge.attention import use_attention
 from runtime.edge.budget import DTYPES, Memory, RunSettings, budget_of, divide, needs
 from runtime.edge.bundle import Bundle, check_resident
 from runtime.edge.decoding import Decoding
 from runtime.edge.feedforward import Layers
 from runtime.edge.kv import FixedKV
 from runtime.edge.linear import replace_linear
-from runtime.edge.native import kernels, use_attention
+from runtime.edge.native import kernels
 from runtime.edge.skeleton import build
 from runtime.edge.streaming import Streaming
 from runtime.errors import BundleError, ConfigError, InputError, ModelError, PromptTooLong

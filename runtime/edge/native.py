@@ -1,28 +1,25 @@
 """One token's products by compiled loops, where the extra `native` is installed; torch does them where it is not."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch import Tensor
 
 from runtime.edge.records import LayerPredictor, Matrix
 
-NAME = "winnow_edge"  # of the attention that uses them
 _VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 Numbers = NDArray[Any]
 Places = NDArray[np.int64]
-
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+@cache
 def compiled(function: Function) -> Function:
-    """`function`, a loop over numbers, compiled where numba is installed."""
+    """`function`, a loop over numbers, compiled where numba is installed, which is loaded when this is first asked."""
     try:
         from numba import njit
     except ImportError:
@@ -50,10 +47,10 @@ class Kernels:
         chosen, vector = self._chosen(matrix, places), _vector(x)
         out = np.empty(chosen.size, np.float32)
         if matrix.scales is None:
-            self.plain.dots(vector, _numbers(matrix.values), chosen, out)
+            self.plain.dots(vector, as_numbers(matrix.values), chosen, out)
         else:
             group = vector.size // matrix.scales.shape[1]
-            values, scales = matrix.values.numpy(), _numbers(matrix.scales)
+            values, scales = matrix.values.numpy(), as_numbers(matrix.scales)
             if matrix.format == "int8":
                 self.scaled.int8_loops(group)[0](vector, values, scales, chosen, out)
             else:
@@ -66,9 +63,9 @@ class Kernels:
         chosen, vector = self._chosen(matrix, places), _vector(weights)
         if matrix.scales is None:
             out = np.zeros(matrix.values.shape[1], np.float32)
-            self.plain.add(vector, _numbers(matrix.values), chosen, out)
+            self.plain.add(vector, as_numbers(matrix.values), chosen, out)
             return torch.from_numpy(out)[None]
-        values, scales = matrix.values.numpy(), _numbers(matrix.scales)
+        values, scales = matrix.values.numpy(), as_numbers(matrix.scales)
         if matrix.format == "int8":
             out = np.zeros(values.shape[1], np.float32)
             self.scaled.int8_loops(out.size // scales.shape[1])[1](vector, values, scales, chosen, out)
@@ -85,7 +82,7 @@ class Kernels:
             rest = torch.from_numpy(chosen)[is_open]
             return self.mixed(act[:, is_open] * self.times(x, up, rest), down, rest)
         out = np.zeros(down.values.shape[1], np.float32)
-        self.plain.finish(_vector(x), _vector(act), _numbers(up.values), _numbers(down.values), chosen, out)
+        self.plain.finish(_vector(x), _vector(act), as_numbers(up.values), as_numbers(down.values), chosen, out)
         return torch.from_numpy(out)[None]
 
     def relu_neurons(self, x: Tensor, gate: Matrix, up: Matrix, down: Matrix, places: Tensor | None = None) -> Tensor:
@@ -93,7 +90,7 @@ class Kernels:
         if gate.scales is not None:
             return self.finished(x, torch.relu(self.times(x, gate, places)), up, down, places)
         out = np.zeros(down.values.shape[1], np.float32)
-        rows = [_numbers(matrix.values) for matrix in (gate, up, down)]
+        rows = [as_numbers(matrix.values) for matrix in (gate, up, down)]
         self.plain.relu_neurons(_vector(x), *rows, self._chosen(gate, places), out)
         return torch.from_numpy(out)[None]
 
@@ -103,7 +100,7 @@ class Kernels:
         fc2 lies column by column, for half of a code is zero, and as much of fc2 is not read. `is_mirrored`: fc1 is
         [V; -V].
         """
-        fc1, columns = _numbers(predictor.fc1), _numbers(predictor.fc2.T)
+        fc1, columns = as_numbers(predictor.fc1), as_numbers(predictor.fc2.T)
         found = self.plain.predicted(_vector(residual), fc1, columns, is_mirrored, predictor.threshold)
         return cast(Places, found)
 
@@ -136,34 +133,10 @@ def kernels(dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def use_attention(model: PreTrainedModel) -> None:
-    """Let the attention of one token go through the compiled loops."""
-    AttentionInterface.register(NAME, _attention)
-    model.config._attn_implementation = NAME
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
-) -> tuple[Tensor, None]:
-    """query (1, heads, new, d), key and value (1, shared heads, all, d) -> (1, new, heads, d), as transformers asks."""
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
-    from runtime.edge import native_kernels
-
-    queries = (query[0, :, 0].float() * rest["scaling"]).numpy()
-    keys, values = _numbers(key), _numbers(value)
-    out = np.empty_like(queries)
-    n_each = len(queries) // keys.shape[1]
-    for head in range(keys.shape[1]):
-        heads = slice(head * n_each, (head + 1) * n_each)
-        native_kernels.attend(queries[heads], keys[0, head], values[0, head], out[heads])
-    return torch.from_numpy(out).to(query.dtype)[None, None], None
-
-
 def _vector(x: Tensor) -> Numbers:
     return x[0].float().contiguous().numpy()
 
 
-def _numbers(rows: Tensor) -> Numbers:
+def as_numbers(rows: Tensor) -> Numbers:
     """As the loops read them: numpy has no bfloat16."""
     return rows.view(_VIEWS.get(rows.dtype, rows.dtype)).numpy()

@@ -45,14 +45,13 @@ class Start:
 
 def read_starts(positions: Integers, ranges: Ranges, limits: Limits) -> list[Start]:
     """Sorted positions as aligned reads; memory of every start is counted from zero."""
-    reads, inside, starts, neurons = _lay_out(
+    reads, inside, starts, neurons = compiled(_lay_out)(
         positions, ranges.offset, ranges.stride, ranges.n_bytes, limits.gap, limits.n_reads, limits.n_bytes
     )
     ends = zip(starts[:-1].tolist(), starts[1:].tolist(), neurons[:-1].tolist(), neurons[1:].tolist(), strict=True)
     return [Start(reads[a:b], inside[first:end], first, end - 1) for a, b, first, end in ends]
 
 
-@compiled
 def _lay_out(
     positions: Integers, offset: int, stride: int, n_bytes: int, gap: int, most_reads: int, most_bytes: int
 ) -> tuple[Integers, Integers, Integers, Integers]:

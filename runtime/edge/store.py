@@ -22,34 +22,37 @@ class Rows:
         self.record, self.kernels = record, kernels
         value_bytes, scale_bytes = record.row
         # Zeroed: rows whose gate is closed are multiplied by zero without having been read, and must be finite.
-        self.values = {name: torch.zeros(n, value_bytes // dtype.itemsize, dtype=dtype) for name in record.matrices}
-        self.scales = {name: torch.zeros(n, scale_bytes // 2, dtype=torch.float16) for name in record.matrices}
         self.matrices = {
-            name: Matrix(self.values[name], self.scales[name] if scale_bytes else None, record.format)
+            name: Matrix(
+                torch.zeros(n, value_bytes // dtype.itemsize, dtype=dtype),
+                torch.zeros(n, scale_bytes // 2, dtype=torch.float16) if scale_bytes else None,
+                record.format,
+            )
             for name in record.matrices
         }
         self._bytes = [self._views(name) for name in record.matrices]
 
     def put(self, places: Indices, memory: NDArray[np.uint8], starts: Indices, part: slice) -> None:
         """Copy the matrices `part` of records to `places`; they lie in `memory` from `starts` on."""
-        for view in [view for views in self._bytes[part] for view in views if view.shape[1]]:
-            if self.kernels is not None:
-                self.kernels.copy(memory, starts, places, view)
-            else:
-                view[places] = sliding_window_view(memory, view.shape[1])[starts]
-            starts = starts + view.shape[1]
+        for views in self._bytes[part]:
+            for view in views:
+                if self.kernels is not None:
+                    self.kernels.copy(memory, starts, places, view)
+                else:
+                    view[places] = sliding_window_view(memory, view.shape[1])[starts]
+                starts = starts + view.shape[1]
 
     def select(self, name: str, places: Tensor, into: Matrix) -> Matrix:
         """The rows `places` of a matrix, copied into the first rows of `into`."""
-        n = len(places)
-        values = torch.index_select(self.values[name], 0, places, out=into.values[:n])
-        if into.scales is None:
+        matrix, n = self.matrices[name], len(places)
+        values = torch.index_select(matrix.values, 0, places, out=into.values[:n])
+        if matrix.scales is None or into.scales is None:
             return Matrix(values, None, into.format)
-        return Matrix(values, torch.index_select(self.scales[name], 0, places, out=into.scales[:n]), into.format)
+        return Matrix(values, torch.index_select(matrix.scales, 0, places, out=into.scales[:n]), into.format)
 
     def _views(self, name: str) -> list[NDArray[np.uint8]]:
-        tensors = (self.values[name], self.scales[name])
-        return [tensor.view(torch.uint8).numpy() for tensor in tensors]
+        matrix = self.matrices[name]
+        return [one.view(torch.uint8).numpy() for one in (matrix.values, matrix.scales) if one is not None]
 
 
 class Workspace:
@@ -131,7 +134,7 @@ class Workspace:
     def mixed_rows(self, weights: Tensor, rows: Rows, name: str, places: Tensor) -> Tensor:
         """(T, H): the rows `places` of a matrix, weighted (T, k) and added up."""
         if self.is_short and len(weights) == 1:
-            return self._bag(weights, rows.values[name], places)
+            return self._bag(weights, rows.matrices[name].values, places)
         return weights @ self.operand(self.from_rows(rows, name, places))
 
     def from_rows(self, rows: Rows, name: str, places: Tensor) -> Matrix:

@@ -190,15 +190,11 @@ def _edge(
     work: Path, ids: list[int], name: str, share: float | None, settings: RunSettings, is_stream: bool
 ) -> dict[str, float]:
     _tiny()
-    numbers = _numbers(work)
-    budget = None if share is None else int(numbers["resident"] + share * numbers["ffn"])
-    with _peak() as peak, EdgeModel(open_bundle(work / name, verify=False), budget, settings) as model:
+    budget = _budget(work, share)
+    with _peak() as peak, _opened(work / name, budget, settings) as model:
         step: Callable[[int], object] = (lambda token: model._feed([token], False)) if is_stream else model.step
         activity = model.ffn.activity
         n_warm = 2 if settings.keeps is False else WARM
-        if share is None:
-            model.forward(ids[:2])  # reads everything once
-            model.reset()
         for token in ids[WARM - n_warm : WARM]:
             step(token)
         hits, first = (activity.n_missing, activity.n_active), model.report()
@@ -217,16 +213,12 @@ def _edge(
 def _pair(work: Path, ids: list[int], arms: list[str]) -> dict[str, float]:
     """How many times as fast the second arm is as the first, the two taking turns token by token."""
     _tiny()
-    numbers, seconds = _numbers(work), {arm: list[float]() for arm in arms}
+    seconds = {arm: list[float]() for arm in arms}
     with contextlib.ExitStack() as stack:
         models = {}
         for arm in arms:
             name, share, settings = EDGE[arm]
-            budget = None if share is None else int(numbers["resident"] + share * numbers["ffn"])
-            models[arm] = stack.enter_context(EdgeModel(open_bundle(work / name, verify=False), budget, settings))
-            if share is None:
-                models[arm].forward(ids[:2])  # reads everything once
-                models[arm].reset()
+            models[arm] = stack.enter_context(_opened(work / name, _budget(work, share), settings))
         for place, token in enumerate(ids):
             for arm in arms if place % 2 else arms[::-1]:
                 started = time.perf_counter()
@@ -236,6 +228,22 @@ def _pair(work: Path, ids: list[int], arms: list[str]) -> dict[str, float]:
     one, other = seconds.values()
     ratios = [a / b for a, b in zip(one, other, strict=True)]
     return {"all tokens": sum(one) / sum(other), "median token": statistics.median(ratios)}
+
+
+def _budget(work: Path, share: float | None) -> int | None:
+    """Bytes for this share of the feed-forward layers beside what is always in memory; None is everything."""
+    numbers = _numbers(work)
+    return None if share is None else int(numbers["resident"] + share * numbers["ffn"])
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, budget: int | None, settings: RunSettings) -> Iterator[EdgeModel]:
+    """A bundle; without a budget everything of it is in memory already."""
+    with EdgeModel(open_bundle(folder, verify=False), budget, settings) as model:
+        if budget is None:
+            model.forward([0, 1])
+            model.reset()
+        yield model
 
 
 @contextlib.contextmanager

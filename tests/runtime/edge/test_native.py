@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime import edge
-from runtime.edge import native
+from runtime.edge import attention, native
 from runtime.edge.native import Kernels, as_matrix, compiled
 from runtime.edge.quantise import dequantise, quantise
 from runtime.edge.records import LayerPredictor, Matrix, WeightFormat
@@ -104,7 +104,7 @@ def test_what_is_predicted(dtype: torch.dtype, is_mirrored: bool) -> None:
 def test_attention_of_one_token(dtype: torch.dtype, heads: int) -> None:
     query, memory = _random(1, heads, 1, 8).to(dtype), _random(2, 1, max(1, heads // 3), 40, 8).to(dtype)
     key, value = memory[:, :, :, :29]  # what is filled of a memory of 40 tokens
-    found, _ = native._attention(nn.Identity(), query, key, value, None, scaling=0.3)
+    found, _ = attention._attention(nn.Identity(), query, key, value, None, scaling=0.3)
     wanted = nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), scale=0.3, enable_gqa=True
     )
